@@ -1,0 +1,1 @@
+"""One model card template per method (Jinja)."""

@@ -1,0 +1,1 @@
+"""One self-contained file per method: its models, its scheduler, its pipeline."""
