@@ -13,6 +13,7 @@ This file is complete in itself: models, scheduler, pipeline. Notation: `abar_t`
 import inspect
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -142,7 +143,7 @@ class PDAEEncoder(ModelMixin, ConfigMixin):
 class LatentModulation(nn.Module):
     r"""
     Takes the place of a residual block's time projection, so that the unmodified diffusers block is modulated by the
-    time and then by the code (adaptive group normalization, section 3.2 of the paper):
+    time and then by the code (adaptive group normalization, as in the paper):
 
     `(1 + z_s) ((1 + t_s) GroupNorm(h) + t_b) + z_b`, which is `(1 + s) GroupNorm(h) + b` with
     `s = t_s + z_s + t_s z_s` and `b = (1 + z_s) t_b + z_b`: the scale and the shift that the block asks for.
@@ -326,13 +327,19 @@ class PDAEGradientEstimator(ModelMixin, ConfigMixin):
 
 def check_unet(unet: UNet2DModel) -> None:
     r"""
-    Raises a `ValueError` that names the reason if PDAE cannot work on `unet`: blocks that carry a second, full-size
-    image stream beside the features (`Skip` blocks), timesteps that are noise levels (`fourier` embeddings), or an
-    output that is neither the noise nor noise and variance.
+    Raises an error that names the reason if PDAE cannot work on `unet`: blocks that carry a second, full-size image
+    stream beside the features (`Skip` blocks), timesteps that are noise levels (`fourier` embeddings), class
+    embeddings in place of labels, or an output that is neither the noise nor noise and variance.
 
     Args:
         unet ([`UNet2DModel`]): The network in question.
+
+    Raises:
+        TypeError: If it is no [`UNet2DModel`].
+        ValueError: If it is one that PDAE cannot work on.
     """
+    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel):  # also where `torch.compile` has wrapped it
+        raise TypeError(f"`unet` is a {type(unet).__name__}, but PDAE works on the two halves of a `UNet2DModel`.")
     config = unet.config
     skip_blocks = sorted({name for name in (*config.down_block_types, *config.up_block_types) if "Skip" in name})
     if skip_blocks:
@@ -344,6 +351,11 @@ def check_unet(unet: UNet2DModel) -> None:
         raise ValueError(
             "`unet` has `time_embedding_type='fourier'`: it is conditioned on noise levels, not on timesteps. PDAE "
             "needs a model of the variance-preserving kind with timesteps, such as google/ddpm-celebahq-256."
+        )
+    if config.class_embed_type == "identity":
+        raise ValueError(
+            "`unet` has `class_embed_type='identity'`, which takes embeddings in place of class labels: PDAE needs a "
+            "model with `num_class_embeds`, with `class_embed_type='timestep'`, or without classes."
         )
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
@@ -567,7 +579,7 @@ class PDAEScheduler(SchedulerMixin, ConfigMixin):
 
     def _at(self, table: str, timestep: int | torch.Tensor, sample: torch.Tensor) -> float | torch.Tensor:
         """An entry for an `int`, without a device in between; entries that broadcast over `sample` for a tensor."""
-        if isinstance(timestep, int):
+        if not isinstance(timestep, torch.Tensor):
             return self._tables[table][timestep].item()
         key = (table, sample.device, torch.promote_types(sample.dtype, torch.float32))
         if key not in self._device_tables:
@@ -720,7 +732,7 @@ class PDAEScheduler(SchedulerMixin, ConfigMixin):
         self, timestep: int | torch.Tensor, gamma: float = 0.1, sample: torch.Tensor | None = None
     ) -> float | torch.Tensor:
         r"""
-        The weight of the training loss (section 3.3 of the paper), with `SNR = abar / (1 - abar)`:
+        The weight of the training loss (the paper's weighting scheme), with `SNR = abar / (1 - abar)`:
         `(1 / (1 + SNR))^(1 - gamma) (SNR / (1 + SNR))^gamma`. It favors the middle of the road, where the gap is.
 
         Args:
@@ -927,18 +939,34 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         }
         if len(set(channels.values())) > 1:
             raise ValueError(f"the components disagree on `in_channels`: {channels}. They must be for one U-Net.")
-        widths = list(unet.config.block_out_channels), list(gradient_estimator.config.block_out_channels)
-        if widths[0] != widths[1]:
-            raise ValueError(
-                f"`gradient_estimator` was made for a U-Net with `block_out_channels`={widths[1]}, but `unet` has "
-                f"{widths[0]}: load the U-Net that it was trained on."
+        for name in ("block_out_channels", "layers_per_block", "time_embedding_dim"):
+            # A config that was loaded holds lists where a new one may hold tuples.
+            expected, actual = (
+                list(value) if isinstance(value, tuple) else value
+                for value in (gradient_estimator.config[name], unet.config[name])
             )
+            if expected != actual:
+                raise ValueError(
+                    f"`gradient_estimator` was made for a U-Net with `{name}`={expected}, but `unet` has {actual}: "
+                    "load the U-Net that it was trained on."
+                )
         if not hasattr(scheduler, "ancestral_step"):
             scheduler = PDAEScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, encoder=encoder, gradient_estimator=gradient_estimator, scheduler=scheduler)
+        factor = 2 ** (len(unet.config.block_out_channels) - 1)
+        if any(side % factor for side in self._image_shape[1:]):
+            raise ValueError(
+                f"`encoder` has `sample_size` {encoder.config.sample_size}, but `unet` halves images "
+                f"{len(unet.config.block_out_channels) - 1} times: height and width must be a multiple of {factor}."
+            )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     # -- inputs
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        size = self.encoder.config.sample_size
+        return (self.encoder.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     def _prepare_images(
         self, image: Image.Image | np.ndarray | torch.Tensor | list, name: str = "image"
@@ -946,8 +974,6 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         """One image or several, as they come -> float32 in [-1, 1], shape `(batch, channels, height, width)`."""
         channels = self.encoder.config.in_channels
         images = image if isinstance(image, list | tuple) else [image]
-        if len(images) == 0:
-            raise ValueError(f"`{name}` is empty: give at least one image.")
         tensors = []
         for item in images:
             if isinstance(item, Image.Image):
@@ -967,13 +993,13 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                     f"`{name}` has dtype {item.dtype}, but values must be floats in [0, 1]: divide by 255."
                 )
             tensors.append(item if item.ndim == 4 else item[None])
+        if sum(len(tensor) for tensor in tensors) == 0:
+            raise ValueError(f"`{name}` is empty: give at least one image.")
         shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
-        size = self.encoder.config.sample_size
-        expected = (channels, *((size, size) if isinstance(size, int) else size))
-        if shapes != {expected}:
+        if shapes != {self._image_shape}:
             raise ValueError(
                 f"`{name}` has images of (channels, height, width) {sorted(shapes)}, but this pipeline encodes "
-                f"{expected}: resize or convert them."
+                f"{self._image_shape}: resize or convert them."
             )
         images = torch.cat([tensor.to(self._execution_device) for tensor in tensors])
         low, high = images.min().item(), images.max().item()
@@ -1006,9 +1032,14 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                 f"`class_labels` has {class_labels.shape[0]} entries for a batch of {batch_size}: give one or "
                 f"{batch_size}."
             )
+        limit = self.unet.config.num_class_embeds
+        if limit is not None and not (0 <= class_labels.min() <= class_labels.max() < limit):
+            raise ValueError(f"`class_labels` is {class_labels.tolist()}, but labels must be from 0 to {limit - 1}.")
         return class_labels
 
     def _check_latent_code(self, latent_code: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+        if not isinstance(latent_code, torch.Tensor):
+            raise TypeError(f"`latent_code` is a {type(latent_code).__name__}, but must be a tensor, as of `encode`.")
         latent_dim = self.gradient_estimator.config.latent_dim
         if latent_code.ndim != 2 or latent_code.shape[1] != latent_dim:
             raise ValueError(
@@ -1027,11 +1058,17 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
             raise ValueError(f"`sampler` is {sampler!r}, but must be 'ddim' or 'ddpm'.")
         steps = self.scheduler.config.num_train_timesteps
         low, high = (0, steps) if shift_range is None else shift_range
-        if not 0 <= low <= high <= steps:
+        if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high <= steps):
             raise ValueError(
-                f"`shift_range` is {(low, high)}, but must be two timesteps with 0 <= low <= high <= {steps}."
+                f"`shift_range` is {(low, high)}, but must be two whole timesteps with 0 <= low <= high <= {steps}."
             )
         return low, high
+
+    def _check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one or {batch_size}."
+            )
 
     def _prepare_noise(
         self,
@@ -1040,12 +1077,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         name: str = "inverted_noise",
     ) -> torch.Tensor:
-        size = self.encoder.config.sample_size
-        shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one or {batch_size}."
-            )
+        shape = (batch_size, *self._image_shape)
+        self._check_generator(generator, batch_size)
         if inverted_noise is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
         if tuple(inverted_noise.shape) != shape:
@@ -1140,8 +1173,11 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
             progress_bar.update()
         return latents
 
-    def _num_moves(self, num_inference_steps: int, sampler: str = "ddim") -> int:
-        self.scheduler.set_timesteps(num_inference_steps, sampler=sampler)
+    def _num_moves(self, num_steps: int, sampler: str = "ddim", name: str = "num_inference_steps") -> int:
+        limit = self.scheduler.config.num_train_timesteps
+        if not 1 <= num_steps <= limit:
+            raise ValueError(f"`{name}` is {num_steps}, but must be from 1 to {limit}, the timesteps of the schedule.")
+        self.scheduler.set_timesteps(num_steps, sampler=sampler)
         return len(self.scheduler.trajectory)
 
     # -- what a user calls
@@ -1329,11 +1365,13 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         class_labels = self._prepare_class_labels(class_labels, batch_size)
         if num_inversion_steps is not None and latents is not None:
             raise ValueError("`latents` and `num_inversion_steps` were both given: start from noise or infer it.")
+        self._check_generator(generator, batch_size)
         noise = None
         if num_inversion_steps is None:
             noise = self._prepare_noise(latents, batch_size, generator, name="latents")
         total = self._num_moves(num_inference_steps, sampler)
-        total += 0 if num_inversion_steps is None else self._num_moves(num_inversion_steps)
+        if num_inversion_steps is not None:
+            total += self._num_moves(num_inversion_steps, name="num_inversion_steps")
 
         # 2. Encode
         latent_code = self.encoder(images.to(self.encoder.dtype))
@@ -1375,7 +1413,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         r"""
         A path of images from `a` to `b`. The noise goes along the great circle between the two inferred noises (or
         stays at one random noise); on the way, either the code is interpolated linearly, or the gradients of the two
-        codes are (trajectory interpolation, section 4.2 of the paper).
+        codes are (the paper's trajectory interpolation).
 
         Args:
             a, b: One image each, as in [`PDAEPipeline.encode`].
@@ -1408,7 +1446,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         ends = torch.cat(ends)
         labels = self._prepare_class_labels(class_labels, num)
         total = self._num_moves(num_inference_steps)
-        total += 0 if num_inversion_steps is None else self._num_moves(num_inversion_steps)
+        if num_inversion_steps is not None:
+            total += self._num_moves(num_inversion_steps, name="num_inversion_steps")
         noise = None
         if num_inversion_steps is None:
             noise = self._prepare_noise(None, 1, generator).expand(num, -1, -1, -1)
@@ -1460,7 +1499,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
             ValueError: For a timestep out of range and for inputs that do not fit.
         """
         images = self._prepare_images(image)
-        self._check_timesteps([timestep])
+        [timestep] = self._check_timesteps([timestep])
         self._check_output(output_type)
         labels = self._prepare_class_labels(class_labels, images.shape[0])
         noise = self._prepare_noise(latents, images.shape[0], generator, name="latents")
@@ -1499,7 +1538,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
             ValueError: For timesteps out of range and for inputs that do not fit.
         """
         images = self._prepare_images(image)
-        self._check_timesteps(timesteps)
+        timesteps = self._check_timesteps(timesteps)
+        self._check_generator(generator, images.shape[0])
         labels = self._prepare_class_labels(class_labels, images.shape[0])
         if latent_code is None:
             latent_code = self.encoder(images.to(self.encoder.dtype))
@@ -1516,7 +1556,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                 gaps.append((target - self.scheduler.posterior_mean(estimate, timestep, noisy)).square().mean())
         gaps = torch.stack(gaps).reshape(-1, 2).cpu()
         self.maybe_free_model_hooks()
-        return PDAEGapOutput(timesteps=list(timesteps), base=gaps[:, 0], shifted=gaps[:, 1])
+        return PDAEGapOutput(timesteps=timesteps, base=gaps[:, 0], shifted=gaps[:, 1])
 
     def compile_blocks(self, **kwargs: object) -> None:
         r"""
@@ -1531,11 +1571,13 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                 if block is not None:
                     block.compile(**kwargs)
 
-    def _check_timesteps(self, timesteps: list[int]) -> None:
+    def _check_timesteps(self, timesteps: list[int]) -> list[int]:
+        timesteps = [operator.index(timestep) for timestep in timesteps]  # NumPy's and PyTorch's integers too
         limit = self.scheduler.config.num_train_timesteps
         wrong = [timestep for timestep in timesteps if not 0 <= timestep < limit]
         if wrong or len(timesteps) == 0:
             raise ValueError(f"the timesteps {wrong or timesteps} are not from 0 to {limit - 1}.")
+        return timesteps
 
     def _check_output(self, output_type: str, tensor_inputs: tuple[str, ...] = ()) -> None:
         if output_type not in ("pil", "np", "pt"):

@@ -1,0 +1,1 @@
+"""Published checkpoints of other code bases -> diffusers folders, from local files only."""

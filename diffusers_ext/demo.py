@@ -1,0 +1,144 @@
+"""`diffusers-ext demo`: from real data to a published PDAE that somebody else loads, with pictures and numbers.
+
+Five steps, each of which a user would do with one command: train a base model, train PDAE on it, load the result in a
+process that has only diffusers, measure it on held-out digits, draw it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers.utils.logging import set_verbosity_error
+
+from diffusers_ext.data import load_image_dataset
+from diffusers_ext.evaluation import cli as evaluation
+from diffusers_ext.pipelines.pdae import PDAEPipeline
+from diffusers_ext.training import train_pdae, train_unconditional
+
+# What somebody runs who has only diffusers. `None` in `sys.modules` makes the import fail, installed or not.
+_READER = """
+import sys
+sys.modules["diffusers_ext"] = None
+import torch
+from diffusers import DiffusionPipeline
+repo, file = sys.argv[1:]
+inputs = torch.load(file, weights_only=True)
+torch.set_num_threads(1)
+pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+output = pipe(inputs["images"], latents=inputs["noise"], num_inference_steps=10, output_type="pt")
+torch.testing.assert_close(output.images, inputs["expected"], rtol=0, atol=1e-5)
+print(f"{type(pipe).__module__}.{type(pipe).__name__} gives the same images")
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the command.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The command's parser.
+    """
+    parser.add_argument("--fast", action="store_true", help="a minute instead of four, with fewer steps and images")
+    parser.add_argument("--output_dir", type=Path, help="by default `demo`, or `demo-fast` with --fast")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, noise and held-out split")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains what is not there yet, and shows what it can do. A second call uses what is trained.
+
+    Args:
+        args (`argparse.Namespace`): What [`add_arguments`] declares.
+    """
+    started = time.monotonic()
+    folder = args.output_dir or Path("demo-fast" if args.fast else "demo")
+    base, pdae = folder / "base", folder / "pdae"
+    steps = 300 if args.fast else 1500
+    recipe = {
+        "dataset_name": "digits",
+        "seed": args.seed,
+        "max_train_steps": steps,
+        "train_batch_size": 64,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine_with_min_lr",
+        "lr_warmup_steps": 50,
+        "max_grad_norm": 1.0,
+        "adam_weight_decay": 1e-2,
+        "use_ema": True,
+        "ema_decay": 0.999,
+        "checkpointing_steps": 500,
+        "checkpoints_total_limit": 1,
+        "validation_steps": steps // 2,
+        "report_to": "none",
+    }
+    set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # faster than two for networks of this size
+    try:
+        # 1. Train
+        if _finished_steps(base) == steps:
+            print(f"Using the diffusion model (DDPM) in {base}")
+        else:
+            print(f"Training a diffusion model (DDPM): {steps} steps")
+            resume = "latest" if any(base.glob("checkpoint-*")) else None
+            train_unconditional.main(
+                train_unconditional.UnconditionalArguments(
+                    output_dir=str(base), resume_from_checkpoint=resume, **recipe
+                )
+            )
+        if _finished_steps(pdae) == steps:
+            print(f"Using PDAE in {pdae}")
+        else:
+            print(f"Training PDAE on it, which stays frozen: {steps} steps")
+            resume = "latest" if any(pdae.glob("checkpoint-*")) else None
+            train_pdae.main(
+                train_pdae.PDAEArguments(
+                    output_dir=str(pdae),
+                    resume_from_checkpoint=resume,
+                    pretrained_model_name_or_path=str(base),
+                    latent_dim=32,
+                    random_flip=False,
+                    **recipe,
+                )
+            )
+
+        # 2. Load it where only diffusers is
+        print("Loading it in a process without diffusers_ext, by DiffusionPipeline.from_pretrained")
+        pipe = PDAEPipeline.from_pretrained(pdae)
+        pipe.set_progress_bar_config(disable=True)
+        held_out = load_image_dataset("digits", split="validation", seed=args.seed)
+        images = torch.stack([held_out[i]["images"] for i in range(8)]) / 2 + 0.5
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(args.seed))
+        expected = pipe(images, latents=noise, num_inference_steps=10, output_type="pt").images
+        inputs = folder / "reader_inputs.pt"
+        torch.save({"images": images, "noise": noise, "expected": expected}, inputs)
+        subprocess.run([sys.executable, "-c", _READER, str(pdae), str(inputs)], check=True)
+        inputs.unlink()
+
+        # 3. Measure and draw, by the same command that anybody can run
+        print("Measuring it on held-out digits")
+        (folder / "images").mkdir(exist_ok=True)
+        for i, picture in enumerate(pipe.image_processor.postprocess(images * 2 - 1, output_type="pil")):
+            picture.save(folder / "images" / f"{i}.png")
+        parser = argparse.ArgumentParser()
+        evaluation.add_arguments(parser)
+        limit = ["--max_images", "64", "--num_inference_steps", "20", "--num_inversion_steps", "20"]
+        evaluation.run(
+            parser.parse_args(
+                [str(pdae), "--dataset_name", "digits", "--output_dir", str(folder), "--seed", str(args.seed)]
+                + (limit if args.fast else [])
+            )
+        )
+    finally:
+        torch.set_num_threads(threads)
+    print(f"\n{time.monotonic() - started:.0f} s. Pictures and numbers are in {folder}, the pipeline in {pdae}.")
+
+
+def _finished_steps(folder: Path) -> int:
+    """Steps of the finished training whose pipeline is in `folder`; 0 if there is none."""
+    if not (folder / "model_index.json").is_file() or not (folder / "training_metrics.json").is_file():
+        return 0
+    return json.loads((folder / "training_metrics.json").read_text())["steps"]

@@ -1,0 +1,189 @@
+"""training/train_pdae.py: the loss, what is trained and what stays frozen, exact resume, the published folder."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from diffusers_ext import PDAEPipeline, PDAEScheduler
+from diffusers_ext.training import train_pdae
+from diffusers_ext.training.train_pdae import PDAEArguments, main, make_encoder
+
+
+@pytest.fixture
+def arguments(tiny_ddpm_folder, tmp_path):
+    def make(output_dir="pdae", **changes):
+        defaults = {
+            "pretrained_model_name_or_path": str(tiny_ddpm_folder), "dataset_name": "digits", "max_train_samples": 40,
+            "random_flip": False, "latent_dim": 4, "encoder_block_out_channels": "8,16", "train_batch_size": 8,
+            "max_train_steps": 4, "learning_rate": 1e-2, "checkpointing_steps": 0, "validation_steps": 0,
+            "num_validation_images": 4, "report_to": "none", "output_dir": str(tmp_path / output_dir),
+        }  # fmt: skip
+        return PDAEArguments(**(defaults | changes))
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    names = ("encoder", "gradient_estimator")
+    return {
+        f"{name}.{key}": value
+        for name in names
+        for key, value in load_file(folder / name / "diffusion_pytorch_model.safetensors").items()
+    }
+
+
+def record(monkeypatch) -> list[dict[str, float]]:
+    """Everything that a run logs, a row per optimizer step."""
+    rows = []
+    log = train_pdae.TrainingRun.log
+
+    def spy(self, values):
+        if "train_loss" in values:
+            rows.append({})
+        rows[-1].update(values)
+        log(self, values)
+
+    monkeypatch.setattr(train_pdae.TrainingRun, "log", spy)
+    return rows
+
+
+def test_a_run_learns_and_publishes(arguments, tiny_ddpm_folder, monkeypatch, tmp_path):
+    rows = record(monkeypatch)
+    passes = []
+    forward = UNet2DModel.forward
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
+    main(arguments(max_train_steps=40, validation_steps=20, checkpointing_steps=20))
+    assert not passes, "the U-Net was run as a whole: its halves are shared with the estimator"
+
+    # G is zero at first, so that training starts exactly at the pretrained model
+    assert rows[0]["loss_ratio"] == pytest.approx(1, abs=1e-6)
+    assert sum(row["loss_ratio"] for row in rows[-10:]) / 10 < 0.97
+    assert {"lr", "train_loss_t0-249", "train_loss_t750-999"} <= set().union(*rows)
+    assert {"validation_mse", "validation_base_mse", "validation_gap_ratio_t500"} <= rows[19].keys()
+
+    folder = tmp_path / "pdae"
+    pipe = PDAEPipeline.from_pretrained(folder)
+    base = load_file(tiny_ddpm_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items()), "the base was changed"
+    assert (folder / "samples" / "reconstructions-000020.png").is_file()
+    for component in ("encoder", "gradient_estimator", "encoder_ema", "gradient_estimator_ema"):
+        assert (folder / "checkpoint-20" / component / "config.json").is_file()
+    # what is published is the average, not the last weights
+    last = load_file(folder / "checkpoint-40" / "encoder" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(value, last[key]) for key, value in pipe.encoder.state_dict().items())
+
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-to-image" and "pdae" in card.data.tags
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results["MSE from random noise, 4 held-out images in [0, 1]"] == pytest.approx(
+        rows[-1]["validation_mse"], abs=1e-5
+    )
+    assert "| size of the code | 4 |" in card.text and "gamma 0.1" in card.text
+    assert not re.search(r"TODO|None|\{\{|\{%", card.text)
+    assert json.loads((folder / "training_metrics.json").read_text())["steps"] == 40
+
+
+def test_resume_is_bit_exact(arguments, tmp_path, monkeypatch):
+    rows = record(monkeypatch)
+    options = {"gradient_accumulation_steps": 2, "train_batch_size": 3, "validation_steps": 2}
+    main(arguments("whole", checkpointing_steps=3, max_train_steps=5, **options))
+    whole, rows[:] = list(rows), []
+    main(arguments("parts", checkpointing_steps=3, max_train_steps=3, **options))
+    main(arguments("parts", checkpointing_steps=3, max_train_steps=5, resume_from_checkpoint="latest", **options))
+    assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in whole]
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_loss_is_the_papers(arguments, tiny_ddpm_folder, monkeypatch):
+    """The first step's loss, from the formula: the estimator is zero, so that it needs no trained network."""
+    seen = []
+    original = PDAEScheduler.add_noise
+    monkeypatch.setattr(PDAEScheduler, "add_noise", lambda self, *args: seen.append(args) or original(self, *args))
+    rows = record(monkeypatch)
+    for weighting, gamma in (("pdae", 0.1), ("pdae", 0.5), ("none", 0.1)):
+        seen.clear()
+        rows.clear()
+        main(arguments(f"{weighting}{gamma}", weighting=weighting, gamma=gamma, max_train_steps=1))
+        [(images, noise, timesteps)] = seen
+        unet = UNet2DModel.from_pretrained(tiny_ddpm_folder, subfolder="unet")
+        abar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)[timesteps]
+        signal, sigma = (value.sqrt().float().reshape(-1, 1, 1, 1) for value in (abar, 1 - abar))
+        with torch.no_grad():
+            error = (noise - unet(signal * images + sigma * noise, timesteps).sample).square().mean((1, 2, 3))
+        snr = abar / (1 - abar)
+        weight = snr**gamma / (1 + snr) if weighting == "pdae" else torch.ones_like(snr)
+        assert rows[0]["train_loss"] == pytest.approx((weight * error).mean().item(), rel=1e-5)
+
+
+def test_class_conditional_and_learned_variance(arguments, tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=2, layers_per_block=1, block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=4,
+        num_class_embeds=10,
+    )  # fmt: skip
+    scheduler = DDPMScheduler(variance_type="learned_range", prediction_type="v_prediction")
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "base")
+    main(arguments(pretrained_model_name_or_path=str(tmp_path / "base"), validation_steps=2))
+    pipe = PDAEPipeline.from_pretrained(tmp_path / "pdae")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.encode(torch.rand(1, 1, 8, 8)).shape == (1, 4)
+
+
+def test_bfloat16(arguments, tmp_path):
+    main(arguments(mixed_precision="bf16", validation_steps=4))
+    pipe = PDAEPipeline.from_pretrained(tmp_path / "pdae")
+    assert pipe.unet.dtype == pipe.encoder.dtype == torch.float32
+    assert all(value.isfinite().all() for value in weights(tmp_path / "pdae").values())
+
+
+def test_colour_photographs(arguments, tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "base")
+    main(arguments(pretrained_model_name_or_path=str(tmp_path / "base"), dataset_name="photos", max_train_steps=1))
+    assert PDAEPipeline.from_pretrained(tmp_path / "pdae").encode(torch.rand(2, 3, 16, 16)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "channels", "attention"),
+    [
+        (8, (32, 64), None),
+        (32, (64, 128, 128), 0),
+        (64, (64, 128, 128, 128), 1),
+        (128, (64, 128, 256, 256, 256), 2),
+        (256, (64, 128, 256, 256, 256, 256), 3),
+    ],
+)
+def test_default_encoder(arguments, resolution, channels, attention):
+    config = make_encoder(arguments(encoder_block_out_channels=None), resolution, 3).config
+    assert (tuple(config.block_out_channels), config.attention_block) == (channels, attention)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained_model_name_or_path": None}, "`pretrained_model_name_or_path` is missing"),
+        ({"latent_dim": 0}, "`latent_dim` is 0"),
+        ({"gamma": 1.5}, "`gamma` is 1.5"),
+        ({"encoder_block_out_channels": "8,x"}, "`encoder_block_out_channels` is '8,x'"),
+    ],
+)
+def test_bad_arguments(arguments, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arguments(**changes)
+
+
+def test_a_resolution_that_the_base_does_not_take(arguments):
+    with pytest.raises(ValueError, match="multiple of 2"):
+        main(arguments(resolution=9, encoder_block_out_channels="8,16"))

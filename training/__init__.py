@@ -1,0 +1,1 @@
+"""One Accelerate script per thing that is trained."""
