@@ -161,7 +161,7 @@ class HubMixin:
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
         """Make this pipeline from the components of another one, which are shared, and keep their dtypes.
 
-        diffusers casts both pipelines to float32 unless a dtype is given; here each component stays as it is.
+        diffusers casts both pipelines to float32 unless a dtype is given; here every weight keeps the one that it has.
 
         Args:
             pipeline (`DiffusionPipeline`):
@@ -174,19 +174,23 @@ class HubMixin:
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
-        components = {**pipeline.components, **kwargs}.values()
-        dtypes = [
-            (module, next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
-            for module in components
-            if isinstance(module, torch.nn.Module)
+        tensors = [
+            (module, name, tensor.dtype)
+            for component in {**pipeline.components, **kwargs}.values()
+            if isinstance(component, torch.nn.Module)
+            for module in component.modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and tensor.is_floating_point()
         ]
         # The cast cannot be turned off: go to the widest dtype, which loses nothing, and from there back.
-        widest = functools.reduce(torch.promote_types, (dtype for _, dtype in dtypes))
+        dtypes = {dtype for _, _, dtype in tensors if dtype.itemsize > 1} or {torch.float32}
+        widest = functools.reduce(torch.promote_types, dtypes)
         argument = "dtype" if Version(diffusers.__version__) >= Version("0.40.0.dev0") else "torch_dtype"
         new_pipeline = super().from_pipe(pipeline, **kwargs, **{argument: widest})
-        for module, dtype in dtypes:
-            if dtype != widest:
-                module.to(dtype)
+        for module, name, dtype in tensors:
+            tensor = getattr(module, name)
+            if tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
         return new_pipeline
 
     def save_pretrained(
@@ -211,7 +215,8 @@ class HubMixin:
         are the files moved to their places, `model_index.json` as the last one. A save that fails or is killed leaves
         the folder as it was; one that is killed during the move leaves a folder without `model_index.json`, which
         refuses to load and is put right by the next save or load through this class. Other files in the folder stay;
-        weights of the same component and variant and code of an earlier save are replaced.
+        weights of the same component and variant and code of an earlier save are replaced. Until the move, the disk
+        has to hold both saves.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -243,6 +248,7 @@ class HubMixin:
             `CommitInfo` or `None`: The commit where `push_to_hub=True`.
 
         Raises:
+            `TypeError`: An argument is unknown, or `card` is no `dict`.
             `ValueError`: `save_directory` is a file, a component's code cannot be published (the error says why), or
                 `card` has an unknown entry.
             `OSError`: The disk is full or cannot be written to. The folder is as it was.
@@ -269,6 +275,8 @@ class HubMixin:
 
         ```
         """
+        if unknown := kwargs.keys() - inspect.signature(DiffusionPipeline.save_pretrained).parameters.keys():
+            raise TypeError(f"unexpected arguments {sorted(unknown)}: what the model card says belongs in `card`.")
         folder = Path(os.path.abspath(save_directory))
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file: give the name of a folder.")
@@ -298,12 +306,13 @@ class HubMixin:
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id or folder.name, private=private, exist_ok=True).repo_id
-        published = dict.fromkeys(("README.md", _INDEX))
-        for name in published:
-            with contextlib.suppress(EntryNotFoundError):
-                published[name] = _read(api.hf_hub_download(repo_id, name))
-        self.save_model_card(folder, repo_id, card, base_model=base_model, published=published["README.md"])
-        stale = _superseded(api.list_repo_files(repo_id), saved, published[_INDEX])
+        readme = index = None
+        with contextlib.suppress(EntryNotFoundError):
+            readme = _read(api.hf_hub_download(repo_id, "README.md"))
+        with contextlib.suppress(EntryNotFoundError):
+            index = Path(api.hf_hub_download(repo_id, _INDEX)).read_bytes()
+        self.save_model_card(folder, repo_id, card, base_model=base_model, published=readme)
+        stale = _superseded(api.list_repo_files(repo_id), saved, index)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -395,6 +404,7 @@ class HubMixin:
         existing = [text for text in (_read(folder / "README.md"), published) if text is not None]
         kept = [text for text in existing if _MARK not in text] or (existing[::-1] if card is None else [])
         if kept:
+            logger.info(f"The card of {folder} keeps its text and gets the metadata that it lacks.")
             content = _with_metadata(kept[0], ModelCard(content).data)
         elif card and card.get("samples"):
             samples = Path(card["samples"])
@@ -510,6 +520,8 @@ def _code_files(pipeline: DiffusionPipeline) -> dict[str, tuple[str, bytes, str]
 
 def _generated_card(cls: type, repo_id: str, card: dict[str, Any] | None, base_model: str | None) -> str:
     """The card as the template and `card` have it, see [`HubMixin.save_model_card`]."""
+    if not isinstance(card, dict | None):
+        raise TypeError(f"`card` is a {type(card).__name__}, but must be a `dict` such as {{'license': 'mit'}}.")
     card = dict(card or {})
     source = _source(cls)
     name = f"{_stem(source)}.md" if source else ""
@@ -615,8 +627,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def _sync(path: Path) -> None:
     """Have a file or, where the system can, a folder on disk before going on."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(PermissionError):  # Windows opens no folders, nobody a read-only file
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
@@ -628,19 +640,19 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
-def _superseded(existing: Iterable[str], saved: Iterable[str], index: str | None) -> list[str]:
+def _superseded(existing: Iterable[str], saved: Iterable[str], index: bytes | None) -> list[str]:
     """Files of an earlier save that would be loaded in place of the new ones, or are their dead code.
 
     These are the code files that the earlier index names and weights of the same folder, base name and variant:
     diffusers prefers a shard index to a single file and safetensors to pickles, however old they are.
     """
     try:
-        entries = json.loads(index or "{}").items()
+        entries = json.loads(index or b"{}")
     except ValueError:
-        entries = ()
+        entries = {}
     code = {
         f"{entry[0]}.py" if name == "_class_name" else f"{name}/{entry[0]}.py"
-        for name, entry in entries
+        for name, entry in (entries.items() if isinstance(entries, dict) else ())
         if isinstance(entry, list) and entry and _CODE.fullmatch(str(entry[0]))
     }
 
@@ -694,7 +706,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
             for path in folders:
                 path.mkdir(parents=True, exist_ok=True)
             existing = [path.relative_to(folder).as_posix() for f in folders for path in f.iterdir() if path.is_file()]
-            replaced = {*_superseded(existing, saved, _read(folder / _INDEX)), *(set(existing) & set(saved))}
+            index = (folder / _INDEX).read_bytes() if _INDEX in existing else None
+            replaced = {*_superseded(existing, saved, index), *(set(existing) & set(saved))}
             for name in sorted(replaced, key=lambda name: name != _INDEX):
                 (old / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(folder / name, old / name)
@@ -729,7 +742,8 @@ def _finish(folder: Path) -> None:
 def _recover(folder: str | os.PathLike) -> None:
     """Put right a local folder that a save left without index when it was killed."""
     folder = Path(folder)
-    if (folder / _WORK).is_dir() and not (folder / _INDEX).exists():
+    moving = (folder / _WORK / "old").is_dir() or (folder / _WORK / "ready").is_dir()
+    if moving and not (folder / _INDEX).exists():
         try:
             with _locked(folder):
                 _finish(folder)

@@ -45,8 +45,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from diffusers_ext.data import load_image_dataset
-from diffusers_ext.hub import _MARK, _replacing
+from diffusers_ext.data import ImageDataset, load_image_dataset
+from diffusers_ext.hub import HubMixin, _replacing
 
 logger = logging.getLogger(__name__)
 
@@ -213,9 +213,8 @@ class _Stream(Dataset):
 class TrainingRun:
     """One training run: the parts around the loop that are the same for every method.
 
-    Seeds torch, numpy and `random` at once, so build it before the models. Works on one device, under
-    `accelerate launch` or `torchrun` with several
-    (DDP, or FSDP version 2).
+    Seeds torch, numpy and `random` at once, so build it before the models. Works on one device, and under
+    `accelerate launch` or `torchrun` on several (DDP, or version 2 of FSDP).
 
     Args:
         args ([`TrainingArguments`]):
@@ -259,7 +258,7 @@ class TrainingRun:
     ...     if run.validate_now:
     ...         pipe = DDPMPipeline(**run.trained(), scheduler=scheduler)
     ...         run.log_images("samples", pipe(batch_size=2, num_inference_steps=2).images)
-    >>> run.finish(DDPMPipeline(**run.trained(), scheduler=scheduler), "# Digits")
+    >>> run.finish(DDPMPipeline(**run.trained(), scheduler=scheduler), card={"datasets": ["digits"]})
     >>> DDPMPipeline.from_pretrained(folder).unet.config.sample_size
     8
 
@@ -297,7 +296,7 @@ class TrainingRun:
         self._seconds = 0.0
         self._repo_id: str | None = None
 
-    def load_dataset(self, split: Literal["train", "validation"] = "train") -> Dataset:
+    def load_dataset(self, split: Literal["train", "validation"] = "train") -> ImageDataset:
         """Load the images that the arguments name; the held-out ones are neither cropped nor flipped at random.
 
         Args:
@@ -612,21 +611,17 @@ class TrainingRun:
                     f"{len(names)} trained parameters take no part in the loss ({', '.join(names[:5])}, ...): freeze "
                     "them with `requires_grad_(False)`, or use them in every forward pass."
                 )
-        grad_norm = torch.zeros((), device=loss.device)
-        if args.max_grad_norm:
-            parameters = self.model.parameters() if self._sharded else self._parameters
-            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            if hasattr(grad_norm, "full_tensor"):  # sharded
-                grad_norm = grad_norm.full_tensor()
-        extra = torch.tensor([float(self._stop)], device=loss.device)
-        totals = torch.cat([self._totals, grad_norm.detach().float().reshape(1).to(loss.device), extra])
+        parameters = self.model.parameters() if self._sharded else self._parameters
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        if hasattr(grad_norm, "full_tensor"):  # sharded
+            grad_norm = grad_norm.full_tensor()
+        stop = torch.tensor([float(self._stop)], device=loss.device)
+        totals = torch.cat([self._totals, grad_norm.detach().float().reshape(1).to(loss.device), stop])
         *totals, grad_norm, stop = accelerator.reduce(totals, reduction="sum").tolist()
         self._totals = None
         passes = args.gradient_accumulation_steps * accelerator.num_processes
-        values = {"train_loss": totals[0] / passes}
+        values = {"train_loss": totals[0] / passes, "grad_norm": grad_norm / accelerator.num_processes}
         values |= {name: total / passes for name, total in zip(metrics, totals[1:], strict=False)}
-        if args.max_grad_norm:
-            values["grad_norm"] = grad_norm / accelerator.num_processes
         if per_sample_loss is not None and timesteps is not None:
             sums, counts = totals[-2 * _NUM_BANDS : -_NUM_BANDS], totals[-_NUM_BANDS:]
             edges = [num_train_timesteps * i // _NUM_BANDS for i in range(_NUM_BANDS + 1)]
@@ -636,7 +631,7 @@ class TrainingRun:
 
         # 2. Not finite: end before the weights are spoiled. Under fp16 the scaler meets infinite gradients by itself.
         for name in ("train_loss", "grad_norm"):
-            if not math.isfinite(values.get(name, 0.0)) and (name == "train_loss" or accelerator.scaler is None):
+            if not math.isfinite(values[name]) and (name == "train_loss" or accelerator.scaler is None):
                 last = self._checkpoints()
                 raise FloatingPointError(
                     f"`{name}` is {values[name]} at step {self.step + 1}. The last good checkpoint is "
@@ -748,19 +743,29 @@ class TrainingRun:
                 parameter.data.copy_(value)
         return dict(self._copies)
 
-    def finish(self, pipeline: DiffusionPipeline, card: str | Mapping[str, Any] | None = None) -> None:
+    def finish(self, pipeline: DiffusionPipeline, card: dict[str, Any] | None = None) -> None:
         """Save the pipeline, its card and the run's numbers in `output_dir`; publish them with `--push_to_hub`.
 
         Args:
             pipeline (`diffusers.DiffusionPipeline`):
                 The finished pipeline, most often made from [`TrainingRun.trained`].
-            card (`str` or `dict`, *optional*):
-                The text of README.md for a pipeline of diffusers; the facts for the method's template for one of ours
-                (see [`hub.HubMixin.save_pretrained`]).
+            card (`dict[str, Any]`, *optional*):
+                What the model card says, see [`hub.HubMixin.save_model_card`].
         """
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            repo_id = self._repo_id or self.output_dir.resolve().name
+            if isinstance(pipeline, HubMixin):
+                push, token = self.args.push_to_hub, self.args.hub_token
+                pipeline.save_pretrained(self.output_dir, card=card, push_to_hub=push, repo_id=repo_id, token=token)
+            else:
+                readme = self.output_dir / "README.md"
+                with _replacing(self.output_dir) as folder:
+                    pipeline.save_pretrained(folder)
+                    if readme.exists():  # one written by hand is kept
+                        shutil.copy2(readme, folder)
+                    HubMixin.save_model_card.__func__(type(pipeline), folder, repo_id, card)
             numbers = {
                 "metrics": self.metrics,
                 "steps": self.step,
@@ -771,20 +776,6 @@ class TrainingRun:
                 "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
             }
             self._write("training_metrics.json", json.dumps(numbers, indent=2).encode())
-            if isinstance(card, Mapping):
-                pipeline.save_pretrained(
-                    self.output_dir,
-                    card=dict(card),
-                    push_to_hub=self.args.push_to_hub,
-                    repo_id=self._repo_id,
-                    token=self.args.hub_token,
-                )
-            else:
-                readme = self.output_dir / "README.md"
-                with _replacing(self.output_dir) as folder:
-                    pipeline.save_pretrained(folder)
-                    if card is not None and (not readme.exists() or _MARK in readme.read_text(encoding="utf-8")):
-                        (folder / "README.md").write_text(f"{card.rstrip()}\n\n{_MARK}\n", encoding="utf-8")
             if self.args.push_to_hub:
                 HfApi(token=self.args.hub_token).upload_folder(
                     repo_id=self._repo_id,
@@ -842,15 +833,17 @@ class TrainingRun:
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-            if final.exists():  # the run was resumed from an older one
-                shutil.rmtree(final)
+            others = [path for path in self._checkpoints() if path != final]
+            limit = self.args.checkpoints_total_limit
+            gone = others[: len(others) + 1 - limit] if limit is not None else []
+            if final.exists():  # the run went back to an older one
+                final.rename(final.with_name(f".{final.name}.old.tmp"))
+                gone.append(final)
             folder.rename(final)
-            if self.args.checkpoints_total_limit is not None:
-                others = [path for path in self._checkpoints() if path != final]
-                for path in others[: len(others) + 1 - self.args.checkpoints_total_limit]:
-                    gone = self.output_dir / f".{path.name}.tmp"
-                    path.rename(gone)
-                    shutil.rmtree(gone)
+            for path in gone:
+                if path != final:
+                    path.rename(path.with_name(f".{path.name}.old.tmp"))
+                shutil.rmtree(path.with_name(f".{path.name}.old.tmp"))
         accelerator.wait_for_everyone()
 
     def _load_checkpoint(self, path: Path) -> None:
@@ -860,9 +853,9 @@ class TrainingRun:
         except (OSError, ValueError) as error:
             raise ValueError(f"`resume_from_checkpoint`: `{path}` is not a whole checkpoint ({error}).") from error
         changed = [
-            f"`{name}` {state['arguments'].get(name)!r} -> {value!r}"
+            f"`{name}` {state['arguments'][name]!r} -> {value!r}"
             for name, value in json.loads(json.dumps(self._state["arguments"], default=str)).items()
-            if state["arguments"].get(name) != value
+            if name in state["arguments"] and state["arguments"][name] != value
         ]
         changed += [
             f"{what} {state[name]} -> {self._state[name]}"

@@ -23,7 +23,10 @@ def exact_float32():
 
 
 def make_pipeline():
-    """32 x 32 RGB; weights that start at zero get others, and both networks' outputs the size of a denoiser's."""
+    """
+    32 x 32 RGB, random weights instead of the zeros of the start. The U-Net predicts v, from which the estimate of the
+    image is well-conditioned at every timestep, as a trained network's is from its noise.
+    """
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=32,
@@ -38,7 +41,9 @@ def make_pipeline():
     for parameter in estimator.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    pipe = PDAEPipeline(unet.eval(), encoder.eval(), estimator.eval(), PDAEScheduler())
+    torch.nn.init.normal_(estimator.conv_out.weight, std=1e-3)
+    scheduler = PDAEScheduler(prediction_type="v_prediction")
+    pipe = PDAEPipeline(unet.eval(), encoder.eval(), estimator.eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -251,6 +251,27 @@ def test_file_in_place_of_the_folder_is_refused(toy: ToyPipeline, tmp_path: Path
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"license": "mit"}, "belongs in `card`"),
+        ({"subfolder": "a"}, "subfolder"),
+        ({"card": "text"}, "`card` is a str"),
+    ],
+)
+def test_wrong_arguments_are_refused(toy: ToyPipeline, tmp_path: Path, arguments: dict, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        toy.save_pretrained(tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("index", [b"\xff", b"[]", b'{"_class_name": [], "unet": [null, null]}'])
+def test_damaged_repo_is_replaced(toy: ToyPipeline, tmp_path: Path, index: bytes) -> None:
+    (tmp_path / "model_index.json").write_bytes(index)
+    toy.save_pretrained(tmp_path)
+    assert same(ToyPipeline.from_pretrained(tmp_path), (state(toy), run(toy)))["weights"]
+
+
 @pytest.mark.parametrize("blocked", ["unet", "encoder/config.json"])
 def test_blocked_save_leaves_all_as_it_was(toy: ToyPipeline, tmp_path: Path, blocked: str) -> None:
     make_toy(seed=1).save_pretrained(tmp_path)
@@ -291,6 +312,15 @@ def test_from_pipe_shares_components_and_keeps_their_dtype(dtype: torch.dtype) -
 def test_from_pipe_keeps_mixed_dtypes(toy: ToyPipeline) -> None:
     toy.unet.to(torch.float16)
     toy.encoder.to(torch.bfloat16)
+    before = {name: value.clone() for name, value in state(toy).items()}
+    after = state(ToyPipeline.from_pipe(toy))
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
+
+
+def test_from_pipe_keeps_mixed_dtypes_within_a_component(toy: ToyPipeline) -> None:
+    toy.unet.to(torch.float16)
+    toy.unet.conv_out.to(torch.float64)
+    toy.unet.conv_in.register_buffer("scale", torch.tensor(1 / 3, dtype=torch.float64))
     before = {name: value.clone() for name, value in state(toy).items()}
     after = state(ToyPipeline.from_pipe(toy))
     assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)

@@ -289,14 +289,14 @@ def test_autoencode(inversion_steps, steps, name, dtype):
 
 
 def test_reconstruction_gets_better_with_every_step():
-    """The deterministic trajectories are one differential equation, solved up and then down: an error of first order."""
+    """Deterministic trajectories solve one differential equation, up and then down: an error of first order."""
     pipe = build(codes=[(X0, Z)])
     errors = [
         (pipe(as_input(X0), n, num_inversion_steps=n, output_type="pt").images - as_input(X0)).abs().mean().item()
         for n in (25, 100, 400)
     ]
-    assert errors[2] < errors[1] / 3 < errors[0] / 9, errors
-    assert errors[2] < 1e-3, errors
+    assert errors[1] < errors[0] / 2.5 and errors[2] < errors[1] / 2.5, f"4 times the steps, about 1/4: {errors}"
+    assert errors[2] < 2e-3, errors
 
 
 @both_dtypes

@@ -1,5 +1,6 @@
 """The training run: exact resume, invariance to how a batch is divided, checkpoints, EMA, logs, processes."""
 
+import copy
 import doctest
 import json
 import logging
@@ -16,16 +17,15 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
+from training_worker import Part, arguments, state, tiny_unet, train
 from transformers import HfArgumentParser
 
 import diffusers_ext.training_run
 from diffusers_ext.data import load_image_dataset
 from diffusers_ext.training_run import TrainingArguments, TrainingRun
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training_worker import Part, arguments, state, tiny_unet, train  # noqa: E402
 
 WORKER = Path(__file__).parent / "training_worker.py"
 
@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
+# -------- arguments
 
 
 def test_flags_have_the_names_of_diffusers_scripts():
@@ -86,7 +86,7 @@ def test_bad_arguments(changes, message, tmp_path):
         arguments(tmp_path, **changes)
 
 
-# -------------------------------------------------------------------------------------------------- exactness of runs
+# -------- exactness of runs
 
 
 @pytest.mark.parametrize("step", range(1, 7))
@@ -173,7 +173,7 @@ def test_noise_is_standard_normal_and_timesteps_are_uniform(tmp_path):
     assert (rows - torch.eye(61)).abs().max() < 6 / len(noise) ** 0.5  # neither with each other nor with t
 
 
-# --------------------------------------------------------------------------------------- learning rate, average, logs
+# -------- learning rate, average, logs
 
 
 def test_the_learning_rate_is_a_function_of_optimizer_steps(whole):
@@ -271,7 +271,7 @@ def test_pictures_are_written_and_padded(tmp_path):
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["digits-000012.png"]
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# -------- checkpoints
 
 
 def test_checkpoints_are_save_pretrained_folders(whole):
@@ -397,7 +397,7 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch)
     assert train(arguments(tmp_path, resume_from_checkpoint="latest")).step == 7
 
 
-# --------------------------------------------------------------------------------------------- what ends a run early
+# -------- what ends a run early
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -412,6 +412,29 @@ def test_a_loss_that_is_not_finite_ends_the_run(whole, value, tmp_path):
 def test_a_loss_that_is_not_finite_without_checkpoints(tmp_path):
     with pytest.raises(FloatingPointError, match="`train_loss` is nan at step 1.*none was written yet"):
         train(arguments(tmp_path), loss_at={(1, 0): math.nan})
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(max_grad_norm, tmp_path):
+    run = TrainingRun(arguments(tmp_path, gradient_accumulation_steps=1, max_grad_norm=max_grad_norm))
+    model = Part()
+    before = copy.deepcopy(model.state_dict())
+    run.prepare({"part": model}, run.load_dataset())
+    with pytest.raises(FloatingPointError, match="`grad_norm` is nan at step 1"):
+        for batch in run.batches():
+            with run.accumulate():
+                run.optimize((run.model(batch["images"][:, 0, 0, :4]) * 0).sqrt().sum())  # 0, with gradient inf * 0
+    assert_same(model.state_dict(), before)
+
+
+def test_no_clipping_is_no_clipping(tmp_path):
+    def norm(run):
+        return run.record[0]["grad_norm"], state(run)
+
+    huge, norm_huge = norm(train(arguments(tmp_path / "a", max_train_steps=3, max_grad_norm=1e9)))
+    off, norm_off = norm(train(arguments(tmp_path / "b", max_train_steps=3, max_grad_norm=0)))
+    assert huge == off > 0
+    assert_same(norm_huge, norm_off)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -433,7 +456,7 @@ def test_forgotten_optimize(tmp_path):
             pass
 
 
-# ----------------------------------------------------------------------------------------- models that are refused, used
+# -------- models that are refused, used
 
 
 class Together(nn.Module):
@@ -534,27 +557,31 @@ def test_torch_compile(tmp_path):
         torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------- finish
+# -------- finish
 
 
 def test_finish_saves_a_pipeline_that_loads(tmp_path):
     run = train(arguments(tmp_path))
-    run.finish(DDPMPipeline(**run.trained(), scheduler=DDPMScheduler()), "# A card")
+    run.finish(DDPMPipeline(**run.trained(), scheduler=DDPMScheduler()), {"license": "cc-by-4.0"})
     loaded = DDPMPipeline.from_pretrained(tmp_path)
     assert_same(loaded.unet.state_dict(), run.trained()["unet"].state_dict())
-    assert (tmp_path / "README.md").read_text().startswith("# A card")
+    assert ModelCard.load(tmp_path / "README.md").data.license == "cc-by-4.0"
     numbers = json.loads((tmp_path / "training_metrics.json").read_text())
     assert numbers["steps"] == 7 and numbers["images_seen"] == 84 and numbers["seconds"] > 0
     assert numbers["metrics"]["train_loss"] == run.record[-1]["train_loss"]
 
 
 def test_finish_keeps_a_card_written_by_hand_and_replaces_its_own(tmp_path):
-    for card, there, kept in (("# new", None, "# new"), ("# newer", None, "# newer"), ("# own", "# mine", "# mine")):
-        if there:
-            (tmp_path / "README.md").write_text(there)
-        run = train(arguments(tmp_path, max_train_steps=1))
-        run.finish(DDPMPipeline(**run.trained(), scheduler=DDPMScheduler()), card)
-        assert (tmp_path / "README.md").read_text().startswith(kept)
+    def finish(folder, steps):
+        run = train(arguments(folder, max_train_steps=1))
+        run.finish(DDPMPipeline(**run.trained(), scheduler=DDPMScheduler()), {"training": {"steps": steps}})
+        return (folder / "README.md").read_text()
+
+    assert "| steps | first |" in finish(tmp_path, "first")
+    assert "| steps | second |" in finish(tmp_path, "second")
+    (tmp_path / "README.md").write_text("# Mine")
+    card = finish(tmp_path, "third")
+    assert card.endswith("# Mine") and "unconditional-image-generation" in card  # the text stays, metadata is added
 
 
 def test_a_failed_save_keeps_the_pipeline_that_was_there(tmp_path, monkeypatch):
@@ -574,7 +601,7 @@ def test_a_failed_save_keeps_the_pipeline_that_was_there(tmp_path, monkeypatch):
     DDPMPipeline.from_pretrained(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- several processes
+# -------- several processes
 
 
 def worker_env():
@@ -594,9 +621,7 @@ def test_two_processes(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     two = torch.load(tmp_path / "two.pt")
-    one = train(
-        arguments(tmp_path / "one", max_train_steps=5, train_batch_size=4), lambda: tiny_unet(dropout=0.0)
-    )
+    one = train(arguments(tmp_path / "one", max_train_steps=5, train_batch_size=4), lambda: tiny_unet(dropout=0.0))
     # The schedule ends with the run: its horizon counts optimizer steps, not steps of all processes together.
     assert [r["lr"] for r in two["record"]] == [r["lr"] for r in one.record]
     for name in ("train_loss", "grad_norm", "train_loss_t0-249"):

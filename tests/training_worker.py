@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
@@ -119,6 +120,41 @@ def kill(folder):
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, place
 
 
+def sharded(folder, small, whole):
+    """FSDP, which accelerate turns on for GPUs only: here its state is set by hand, the rest is the real thing."""
+    original, kind = Accelerator.__init__, PartialState._shared_state["distributed_type"]
+
+    def initialize(self, *args, **kwargs):
+        PartialState._shared_state["distributed_type"] = kind
+        original(self, *args, **kwargs)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+    Accelerator.__init__ = initialize
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    with pytest.raises(ValueError, match="FSDP version 1, but only one device, DDP and FSDP version 2"):
+        TrainingRun(arguments(folder / "sharded"))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False
+    )
+    run = train(arguments(folder / "sharded", **small), lambda: tiny_unet(dropout=0.0))
+    assert hasattr(run.model.conv_in.weight, "full_tensor")
+    assert [r["train_loss"] for r in run.record] == pytest.approx([r["train_loss"] for r in whole.record], rel=1e-5)
+    resumed = train(
+        arguments(folder / "sharded", **small, resume_from_checkpoint="checkpoint-2"), lambda: tiny_unet(dropout=0.0)
+    )
+    assert resumed.record == run.record[2:]
+    for ema in (False, True):
+        models = [each.trained(ema=ema)["unet"] for each in (run, resumed, whole)]
+        if run.accelerator.is_main_process:  # the others receive no weights
+            for name, value in models[0].state_dict().items():
+                assert torch.equal(models[1].state_dict()[name], value), name
+                torch.testing.assert_close(models[2].state_dict()[name], value, rtol=1e-3, atol=2e-5)
+    Accelerator.__init__ = original
+    PartialState._shared_state["distributed_type"] = kind
+
+
 def two_processes(folder):
     """Two gloo processes: same weights in both, those of one process with twice the batch, exact resume, no hang."""
     small = dict(max_train_steps=5, train_batch_size=2, checkpointing_steps=2)
@@ -155,6 +191,8 @@ def two_processes(folder):
     assert (folder / "interrupted" / "checkpoint-3").is_dir()
     if rank == 0:
         torch.save({"record": run.record, "state": state(run)}, folder / "two.pt")
+    accelerator.wait_for_everyone()
+    sharded(folder, small, run)
     accelerator.end_training()
 
 

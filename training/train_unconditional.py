@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub import ModelCardData
 from transformers import HfArgumentParser
 
 from diffusers_ext.training_run import TrainingArguments, TrainingRun, _arg
@@ -90,61 +89,6 @@ def default_unet_config(resolution: int) -> dict[str, Any]:
     config["down_block_types"] = tuple("AttnDownBlock2D" if i == attention else "DownBlock2D" for i in blocks)
     config["up_block_types"] = tuple("AttnUpBlock2D" if i == attention else "UpBlock2D" for i in reversed(blocks))
     return config
-
-
-def make_card(args: UnconditionalArguments, run: TrainingRun, description: str) -> str:
-    """The README.md of the trained pipeline: metadata, use, training, measured loss.
-
-    Args:
-        args ([`UnconditionalArguments`]): The arguments.
-        run ([`TrainingRun`]): The finished run.
-        description (`str`): The training data in a sentence.
-
-    Returns:
-        `str`: Markdown with a YAML block.
-    """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        base_model=args.pretrained_model_name_or_path,
-        datasets=[args.dataset_name] if args.dataset_name else None,
-        tags=["diffusers-training", "diffusers-ext", "ddpm"],
-    )
-    name = args.hub_model_id or run.output_dir.resolve().name
-    rows = {
-        "optimizer steps": run.step,
-        "images per step": run.global_batch_size,
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
-        "averaged weights": f"decay up to {args.ema_decay}" if args.use_ema else "no",
-        "seed": args.seed,
-        "last training loss": f"{run.metrics['train_loss']:.4f}",
-    }
-    if "validation_loss" in run.metrics:
-        rows["loss on held-out images, fixed noise and timesteps"] = f"{run.metrics['validation_loss']:.4f}"
-    table = "\n".join(f"| {row} | {value} |" for row, value in rows.items())
-    return f"""---
-{metadata.to_yaml()}
----
-# {name}
-
-An unconditional diffusion model ([DDPM](https://huggingface.co/papers/2006.11239)).
-
-```py
-from diffusers import DDPMPipeline
-
-image = DDPMPipeline.from_pretrained("{name}")().images[0]
-```
-
-## Training
-
-{description}
-
-The licence of the images applies to this model too, and it repeats what they show and what they lack.
-
-| | |
-|---|---|
-{table}
-"""
 
 
 @torch.no_grad()
@@ -278,7 +222,33 @@ def main(args: UnconditionalArguments) -> None:
                 run.log_images("samples", samples)
 
     # 3. Save and publish
-    run.finish(DDPMPipeline(**run.trained(), scheduler=scheduler), make_card(args, run, dataset.description))
+    metrics, samples = run.metrics, run.output_dir / f"samples/samples-{run.step:06d}.png"
+    run.finish(
+        DDPMPipeline(**run.trained(), scheduler=scheduler),
+        card={
+            "datasets": [args.dataset_name] if args.dataset_name else None,
+            "samples": samples if samples.is_file() else None,
+            "metrics": [
+                {
+                    "dataset_name": args.dataset_name or "images",
+                    "metric_type": "loss",
+                    "metric_name": f"{scheduler.config.prediction_type} loss, {len(validation_images)} held out",
+                    "metric_value": round(metrics["validation_loss"], 5),
+                }
+            ]
+            if "validation_loss" in metrics
+            else [],
+            "training": {
+                "data": dataset.description,
+                "optimizer steps": run.step,
+                "images per step": run.global_batch_size,
+                "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, warm-up {args.lr_warmup_steps}",
+                "averaged weights": f"decay {args.ema_decay}" if args.use_ema else "none",
+                "seed": args.seed,
+                "last training loss": round(metrics["train_loss"], 5),
+            },
+        },
+    )
 
 
 if __name__ == "__main__":
