@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers_ext.pipelines.pdae import PDAEEncoder, PDAEGradientEstimator, PDAEScheduler, unet_down, unet_up
 from torch import nn
+
+from diffusers_ext.pipelines.pdae import PDAEEncoder, PDAEGradientEstimator, PDAEScheduler, unet_down, unet_up
 
 # name -> U-Net, encoder, batch size. "32" and "128" are of the authors' kind, so that their code can build them too.
 SIZES = {

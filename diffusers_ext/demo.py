@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         "dataset_name": "digits",
         "seed": args.seed,
         "max_train_steps": steps,
-        "train_batch_size": 64,
+        "train_batch_size": 48,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine_with_min_lr",
         "lr_warmup_steps": 50,
@@ -71,12 +71,12 @@ def run(args: argparse.Namespace) -> None:
         "ema_decay": 0.999,
         "checkpointing_steps": 500,
         "checkpoints_total_limit": 1,
-        "validation_steps": steps // 2,
+        "validation_steps": steps,
         "report_to": "none",
     }
     set_verbosity_error()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # faster than two for networks of this size
+    torch.set_num_threads(min(threads, 2))  # more only slow networks of this size down
     try:
         # 1. Train
         if _finished_steps(base) == steps:

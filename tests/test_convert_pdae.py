@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline
-from diffusers_ext.pipelines.pdae import unet_down, unet_up
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -19,6 +18,7 @@ import diffusers_ext.convert.pdae
 from diffusers_ext import PDAEPipeline
 from diffusers_ext.cli import main
 from diffusers_ext.convert.pdae import convert_decoder, convert_encoder, convert_unet
+from diffusers_ext.pipelines.pdae import unet_down, unet_up
 
 _FOLDER = Path(__file__).parent / "goldens" / "pdae_networks"
 _RECORDER = runpy.run_path(str(_FOLDER / "record.py"))

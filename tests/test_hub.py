@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from types import ModuleType
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ import toy_method
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from hub_clients import CARD, make_pdae, make_toy, make_unet, other_version, run, same, state
 from huggingface_hub import EvalResult, ModelCard
+from packaging.version import Version
 from PIL import Image
 from toy_method import ToyPipeline
 from toy_sampler import ToySamplerPipeline
@@ -23,6 +25,7 @@ from toy_sampler import ToySamplerPipeline
 import diffusers_ext
 from diffusers_ext import HubMixin, PDAEPipeline, dispatch, hub
 
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40.0") else "torch_dtype"
 WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -328,10 +331,9 @@ def test_from_pipe_keeps_mixed_dtypes_within_a_component(toy: ToyPipeline) -> No
 
 def test_from_pipe_with_dtype_and_component(toy: ToyPipeline) -> None:
     scheduler = toy_method.ToyScheduler(factor=1.0)
-    argument = {"dtype": torch.bfloat16} if "dtype" in inspect.getsource(DiffusionPipeline.from_pipe) else {}
-    pipe = ToyPipeline.from_pipe(toy, scheduler=scheduler, **argument)
+    pipe = ToyPipeline.from_pipe(toy, scheduler=scheduler, **{DTYPE: torch.bfloat16})
     assert pipe.scheduler is scheduler
-    assert pipe.dtype == (torch.bfloat16 if argument else torch.float32)
+    assert pipe.dtype == torch.bfloat16
 
 
 # --- Model cards
@@ -523,8 +525,7 @@ def test_dispatch_finds_our_class_in_a_folder(pdae_folder: Path) -> None:
     assert type(pipe) is PDAEPipeline
     assert same(pipe, (state(expected), run(expected))) == {"weights": True, "output": True}
     scheduler = expected.scheduler
-    argument = "dtype" if "`dtype`" in inspect.getsource(DiffusionPipeline.from_pretrained) else "torch_dtype"
-    pipe = DiffusionPipeline.from_pretrained(str(pdae_folder), scheduler=scheduler, **{argument: torch.bfloat16})
+    pipe = DiffusionPipeline.from_pretrained(str(pdae_folder), scheduler=scheduler, **{DTYPE: torch.bfloat16})
     assert pipe.scheduler is scheduler
     assert pipe.dtype == torch.bfloat16
 

@@ -541,6 +541,9 @@ def test_networks_run_once_per_step():
     assert counts(lambda: pipe.decode(code, num_inference_steps=5, shift_range=(0, 0))) == (5, 0, 0)
     assert counts(lambda: pipe.decode(code, num_inference_steps=10, shift_range=(300, 1000))) == (10, 7, 0)
     assert counts(lambda: pipe.decode(code, num_inference_steps=10, shift_range=(300, 700))) == (10, 4, 0)
+    # The timesteps are 99, 199, ..., 899 and 999: the lower limit belongs to the range, the upper one does not.
+    assert counts(lambda: pipe.decode(code, num_inference_steps=10, shift_range=(299, 699))) == (10, 4, 0)
+    assert counts(lambda: pipe.decode(code, num_inference_steps=10, shift_range=(699, 700))) == (10, 1, 0)
     assert counts(lambda: pipe.invert(image, None, 4)) == (4, 0, 0)
     assert counts(lambda: pipe.interpolate(a, b, 3, "latent", 5, 4)) == (9, 9, 1)
     assert counts(lambda: pipe.interpolate(a, b, 3, "trajectory", 5, None)) == (5, 10, 1)

@@ -475,20 +475,26 @@ def test_ancestral_samples_land_on_the_code(steps):
     assert np.abs(mean - target).mean() < 0.25 * np.abs(MU - target).mean(), "and not where the plain model goes"
 
 
-def test_ancestral_sampling_repeats_its_equation_draw_by_draw():
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_ancestral_sampling_repeats_its_equation_draw_by_draw(scale):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64).numpy()
     for t in range(999, -1, -1):
         alpha, beta = ABAR[t] / ABAR[t - 1], 1 - ABAR[t] / ABAR[t - 1]
         x_next = (x - beta / np.sqrt(1 - ABAR[t]) * Gauss.noise(x, t)) / np.sqrt(alpha)
         variance = beta * (1 - ABAR[t - 1]) / (1 - ABAR[t])
-        x_next = x_next + variance * Gauss.gradient(x, t, Z.numpy())
+        x_next = x_next + scale * variance * Gauss.gradient(x, t, Z.numpy())
         if t > 0:
             draw = torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64).numpy()
             x_next = x_next + np.sqrt(variance) * draw
         x = x_next
     output = build().decode(
-        Z, num_inference_steps=1000, sampler="ddpm", generator=torch.Generator().manual_seed(3), output_type="pt"
+        Z,
+        num_inference_steps=1000,
+        shift_scale=scale,
+        sampler="ddpm",
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
     )
     check(output.images, torch.from_numpy(as_input(x)).clamp(0, 1), torch.float64)
 

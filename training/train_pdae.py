@@ -8,7 +8,7 @@ accelerate launch --num_processes 4 training/train_pdae.py \
   --train_batch_size 32 --max_train_steps 500000 --output_dir pdae-celebahq
 ```
 
-and on the bundled digits, in about two minutes on two CPU cores, after `training/train_unconditional.py`:
+and on the bundled digits, in a few minutes on two CPU cores, after `training/train_unconditional.py`:
 
 ```bash
 accelerate launch -m diffusers_ext.training.train_pdae --pretrained_model_name_or_path ddpm-digits \
@@ -27,6 +27,11 @@ from typing import Literal
 
 import torch
 from diffusers import DDPMPipeline
+from PIL import Image
+from torch import nn
+from transformers import HfArgumentParser
+
+from diffusers_ext.data import ImageDataset
 from diffusers_ext.pipelines.pdae import (
     PDAEEncoder,
     PDAEGradientEstimator,
@@ -35,11 +40,6 @@ from diffusers_ext.pipelines.pdae import (
     unet_down,
     unet_up,
 )
-from PIL import Image
-from torch import nn
-from transformers import HfArgumentParser
-
-from diffusers_ext.data import ImageDataset
 from diffusers_ext.training_run import TrainingArguments, TrainingRun, _arg
 
 
@@ -172,6 +172,7 @@ def main(args: PDAEArguments) -> None:
     dataset, validation_dataset = run.load_dataset("train"), run.load_dataset("validation")
     encoder = make_encoder(args, dataset.resolution, unet.config.in_channels)
     gradient_estimator = PDAEGradientEstimator.from_unet(unet, latent_dim=args.latent_dim)
+    PDAEPipeline(unet, encoder, gradient_estimator, scheduler)  # refuses parts that do not fit, before training
     run.prepare(
         {"encoder": encoder, "gradient_estimator": gradient_estimator},
         dataset,

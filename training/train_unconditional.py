@@ -1,6 +1,6 @@
 """Train an unconditional DDPM (https://huggingface.co/papers/2006.11239); the output is a stock `DDPMPipeline` folder.
 
-On the bundled digits, in about two minutes on two CPU cores:
+On the bundled digits, in about four minutes on one CPU core:
 
 ```bash
 accelerate launch training/train_unconditional.py --dataset_name digits --train_batch_size 64 --max_train_steps 1500 \
