@@ -17,8 +17,8 @@ STAMP := $(VENV)/.installed-with-python-$(VERSION)
 # The oldest supported versions. PyTorch comes as the platform's default build (on Linux that is the large one with
 # CUDA); `FLOOR_TORCH=` takes a requirement or the path of a wheel instead.
 FLOOR_TORCH ?= torch==2.5.1
-FLOOR := diffusers==0.38.0 'huggingface-hub<2' 'transformers<5' accelerate==1.0.0 'datasets<4' \
-	torchmetrics==1.4.0 safetensors==0.8.0 'numpy<2.4'
+FLOOR := diffusers==0.38.0 huggingface-hub==1.3.0 transformers==5.0.0 accelerate==1.6.0 'datasets<4' \
+	torchmetrics==1.5.0 safetensors==0.8.0 'numpy<2.4'
 FLOOR_STAMP := $(FLOOR_VENV)/.installed
 FLOOR_TESTS ?= tests
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         "dataset_name": "digits",
         "seed": args.seed,
         "max_train_steps": steps,
-        "train_batch_size": 48,
+        "train_batch_size": 32,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine_with_min_lr",
         "lr_warmup_steps": 50,
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     }
     set_verbosity_error()
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, 2))  # more only slow networks of this size down
+    torch.set_num_threads(1)  # networks of this size gain little by more, and lose much where cores are busy
     try:
         # 1. Train
         if _finished_steps(base) == steps:
@@ -125,11 +125,12 @@ def run(args: argparse.Namespace) -> None:
             picture.save(folder / "images" / f"{i}.png")
         parser = argparse.ArgumentParser()
         evaluation.add_arguments(parser)
-        limit = ["--max_images", "64", "--num_inference_steps", "20", "--num_inversion_steps", "20"]
+        steps = "20" if args.fast else "50"
+        limits = ["--max_images", "64" if args.fast else "200"]
+        limits += ["--num_inference_steps", steps, "--num_inversion_steps", steps]
         evaluation.run(
             parser.parse_args(
-                [str(pdae), "--dataset_name", "digits", "--output_dir", str(folder), "--seed", str(args.seed)]
-                + (limit if args.fast else [])
+                [str(pdae), "--dataset_name", "digits", "--output_dir", str(folder), "--seed", str(args.seed), *limits]
             )
         )
     finally:

@@ -63,7 +63,8 @@ _FREE_ARGUMENTS = {
 }  # fmt: skip
 
 
-def _arg(default: Any, help: str) -> Any:
+def argument(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the text that `--help` prints for it."""
     return field(default=default, metadata={"help": help})
 
 
@@ -86,65 +87,67 @@ class TrainingArguments:
     """
 
     # model
-    pretrained_model_name_or_path: str | None = _arg(None, "Hub id or folder of the model that training starts from.")
-    revision: str | None = _arg(None, "Branch, tag or commit of the pretrained model.")
-    variant: str | None = _arg(None, "Weight variant of the pretrained model, such as `fp16`.")
-    cache_dir: str | None = _arg(None, "Where downloaded models and data sets are kept.")
+    pretrained_model_name_or_path: str | None = argument(
+        None, "Hub id or folder of the model that training starts from."
+    )
+    revision: str | None = argument(None, "Branch, tag or commit of the pretrained model.")
+    variant: str | None = argument(None, "Weight variant of the pretrained model, such as `fp16`.")
+    cache_dir: str | None = argument(None, "Where downloaded models and data sets are kept.")
     # data
-    dataset_name: str | None = _arg(None, "`digits`, `photos`, a data set of the Hub, or a folder for `datasets`.")
-    dataset_config_name: str | None = _arg(None, "Configuration of the Hub data set.")
-    train_data_dir: str | None = _arg(None, "Image folder: plain, with class folders, or with `metadata.jsonl`.")
-    image_column: str = _arg("image", "Column of the data set that holds the images.")
-    label_column: str = _arg("label", "Column of the data set that holds the class labels.")
-    caption_column: str = _arg("text", "Column of the data set that holds the captions.")
-    image_mode: Literal["RGB", "L"] | None = _arg(None, "Colour or greyscale; by default the data set's own.")
-    resolution: int | None = _arg(None, "Side of the square training images in pixels.")
-    center_crop: bool = _arg(False, "Crop the center instead of a random place.")
-    random_flip: bool = _arg(False, "Flip images left to right at random.")
-    max_train_samples: int | None = _arg(None, "Use at most this many training images.")
-    validation_fraction: float | None = _arg(None, "Images held out: below 1 the share, from 1 on the number.")
-    dataloader_num_workers: int = _arg(0, "Processes that load images; 0 loads in the main process.")
+    dataset_name: str | None = argument(None, "`digits`, `photos`, a data set of the Hub, or a folder for `datasets`.")
+    dataset_config_name: str | None = argument(None, "Configuration of the Hub data set.")
+    train_data_dir: str | None = argument(None, "Image folder: plain, with class folders, or with `metadata.jsonl`.")
+    image_column: str = argument("image", "Column of the data set that holds the images.")
+    label_column: str = argument("label", "Column of the data set that holds the class labels.")
+    caption_column: str = argument("text", "Column of the data set that holds the captions.")
+    image_mode: Literal["RGB", "L"] | None = argument(None, "Colour or greyscale; by default the data set's own.")
+    resolution: int | None = argument(None, "Side of the square training images in pixels.")
+    center_crop: bool = argument(False, "Crop the center instead of a random place.")
+    random_flip: bool = argument(False, "Flip images left to right at random.")
+    max_train_samples: int | None = argument(None, "Use at most this many training images.")
+    validation_fraction: float | None = argument(None, "Images held out: below 1 the share, from 1 on the number.")
+    dataloader_num_workers: int = argument(0, "Processes that load images; 0 loads in the main process.")
     # optimization
-    train_batch_size: int = _arg(16, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = _arg(1, "Forward passes per optimizer step.")
-    max_train_steps: int | None = _arg(None, "Optimizer steps in all; overrides `num_train_epochs`.")
-    num_train_epochs: int | None = _arg(None, "Passes over the training images.")
-    learning_rate: float = _arg(1e-4, "Highest learning rate.")
+    train_batch_size: int = argument(16, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = argument(1, "Forward passes per optimizer step.")
+    max_train_steps: int | None = argument(None, "Optimizer steps in all; overrides `num_train_epochs`.")
+    num_train_epochs: int | None = argument(None, "Passes over the training images.")
+    learning_rate: float = argument(1e-4, "Highest learning rate.")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
         "cosine_with_min_lr",
-    ] = _arg("constant_with_warmup", "Learning-rate schedule, in optimizer steps.")  # fmt: skip
-    lr_warmup_steps: int = _arg(0, "Optimizer steps until the learning rate is reached.")
-    lr_min_ratio: float = _arg(0.02, "Where `cosine_with_min_lr` ends, as a share of `learning_rate`.")
-    adam_beta1: float = _arg(0.9, "AdamW's decay of the gradient's average.")
-    adam_beta2: float = _arg(0.999, "AdamW's decay of the squared gradient's average.")
-    adam_weight_decay: float = _arg(1e-2, "AdamW's decoupled weight decay.")
-    adam_epsilon: float = _arg(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _arg(1.0, "Gradients are clipped to this norm; 0 turns clipping off.")
-    use_ema: bool = _arg(False, "Keep a moving average of the weights; it is what is validated and published.")
-    ema_decay: float = _arg(0.9999, "Highest decay: step n uses min(ema_decay, (1 + n) / (10 + n)).")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _arg(None, "By default what `accelerate config` says.")
-    torch_compile: bool = _arg(False, "Compile the trained model with `torch.compile`.")
-    gradient_checkpointing: bool = _arg(False, "Recompute activations in the backward pass to save memory.")
-    seed: int = _arg(0, "Seed of weights, data order, augmentation, noise and the held-out split.")
+    ] = argument("constant_with_warmup", "Learning-rate schedule, in optimizer steps.")  # fmt: skip
+    lr_warmup_steps: int = argument(0, "Optimizer steps until the learning rate is reached.")
+    lr_min_ratio: float = argument(0.02, "Where `cosine_with_min_lr` ends, as a share of `learning_rate`.")
+    adam_beta1: float = argument(0.9, "AdamW's decay of the gradient's average.")
+    adam_beta2: float = argument(0.999, "AdamW's decay of the squared gradient's average.")
+    adam_weight_decay: float = argument(1e-2, "AdamW's decoupled weight decay.")
+    adam_epsilon: float = argument(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm; 0 turns clipping off.")
+    use_ema: bool = argument(False, "Keep a moving average of the weights; it is what is validated and published.")
+    ema_decay: float = argument(0.9999, "Highest decay: step n uses min(ema_decay, (1 + n) / (10 + n)).")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = argument(None, "By default what `accelerate config` says.")
+    torch_compile: bool = argument(False, "Compile the trained model with `torch.compile`.")
+    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass to save memory.")
+    seed: int = argument(0, "Seed of weights, data order, augmentation, noise and the held-out split.")
     # output
-    output_dir: str = _arg("output", "Receives the pipeline, checkpoints, samples and logs.")
-    checkpointing_steps: int = _arg(500, "Optimizer steps between checkpoints (and one at the end); 0 for none.")
-    checkpoints_total_limit: int | None = _arg(None, "Keep this many checkpoints, delete the oldest beyond it.")
-    resume_from_checkpoint: str | None = _arg(None, "`latest`, or the folder of a checkpoint.")
-    validation_steps: int = _arg(500, "Optimizer steps between validations (and one at the end); 0 for none.")
-    num_validation_images: int = _arg(16, "Images that a validation makes.")
-    report_to: str = _arg(
+    output_dir: str = argument("output", "Receives the pipeline, checkpoints, samples and logs.")
+    checkpointing_steps: int = argument(500, "Optimizer steps between checkpoints (and one at the end); 0 for none.")
+    checkpoints_total_limit: int | None = argument(None, "Keep this many checkpoints, delete the oldest beyond it.")
+    resume_from_checkpoint: str | None = argument(None, "`latest`, or the folder of a checkpoint.")
+    validation_steps: int = argument(500, "Optimizer steps between validations (and one at the end); 0 for none.")
+    num_validation_images: int = argument(16, "Images that a validation makes.")
+    report_to: str = argument(
         "tensorboard", "Tracker, or several with commas: `tensorboard`, `wandb`, ..., `all`, `none`."
     )
-    logging_dir: str = _arg("logs", "Folder of the trackers' files inside `output_dir`.")
-    tracker_project_name: str = _arg("diffusers-ext", "Name of the project at the tracker.")
-    push_to_hub: bool = _arg(False, "Publish the finished pipeline on the Hub.")
-    hub_model_id: str | None = _arg(None, "Repo to publish to; by default the name of `output_dir`.")
-    hub_token: str | None = _arg(
+    logging_dir: str = argument("logs", "Folder of the trackers' files inside `output_dir`.")
+    tracker_project_name: str = argument("diffusers-ext", "Name of the project at the tracker.")
+    push_to_hub: bool = argument(False, "Publish the finished pipeline on the Hub.")
+    hub_model_id: str | None = argument(None, "Repo to publish to; by default the name of `output_dir`.")
+    hub_token: str | None = argument(
         None, "Token of the Hub; by default that of `hf auth login`. Never logged or written."
     )
-    hub_private_repo: bool = _arg(False, "Make the repo private when it is created.")
+    hub_private_repo: bool = argument(False, "Make the repo private when it is created.")
 
     def __post_init__(self) -> None:
         if self.max_train_steps is None and self.num_train_epochs is None:

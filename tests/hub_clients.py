@@ -21,7 +21,6 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 torch.set_num_threads(1)
-diffusers.utils.logging.disable_progress_bar()
 TESTS = Path(__file__).parent
 CARD = {
     "license": "mit",
@@ -334,6 +333,9 @@ def crash(folder: Path) -> dict[str, Any]:
         found = content()
         whole = "old" if found == before else "new" if found == after else "neither"
         seen["recovered"][whole] = seen["recovered"].get(whole, 0) + 1
+        refusal(lambda: new.save_pretrained(repo, max_shard_size=object()))  # cleans up, then fails
+        if content() != found or (repo / ".unfinished_save").exists():
+            seen["bad"].append([kill_at, whole, "changed by a save that failed"])
 
     # 2. The recovery is killed at each change, too.
     seen["recoveries killed"] = 0
@@ -370,12 +372,14 @@ def crash(folder: Path) -> dict[str, Any]:
     children = []
     for pipe in (old, new):
         if (child := os.fork()) == 0:
-            for _ in range(10):
-                pipe.save_pretrained(repo, card=CARD)
-            os._exit(0)
+            try:
+                for _ in range(10):
+                    pipe.save_pretrained(repo, card=CARD)
+                os._exit(0)
+            finally:
+                os._exit(1)
         children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    seen["savers"] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     index = json.loads(content()["model_index.json"])
     winner = old if index["_class_name"][0] == json.loads(before["model_index.json"])["_class_name"][0] else new
     found = ToyPipeline.from_pretrained(repo)
@@ -412,6 +416,7 @@ def crash(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    diffusers.utils.logging.disable_progress_bar()
     client = {f.__name__: f for f in (publish, read, use, offline, crash)}[sys.argv[1]]
     start = time.time()
     result = client(Path(sys.argv[2]))

@@ -295,6 +295,7 @@ def test_killed_save_leaves_a_whole_repo_or_none(crashes: dict) -> None:
 
 
 def test_two_processes_that_save_at_once(crashes: dict) -> None:
+    assert crashes["savers"] == [0, 0]
     assert crashes["two savers"] == [True, False]
 
 

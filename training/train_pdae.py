@@ -12,7 +12,7 @@ and on the bundled digits, in a few minutes on two CPU cores, after `training/tr
 
 ```bash
 accelerate launch -m diffusers_ext.training.train_pdae --pretrained_model_name_or_path ddpm-digits \
-  --dataset_name digits --no_random_flip --latent_dim 32 --train_batch_size 64 --learning_rate 1e-3 \
+  --dataset_name digits --no_random_flip --latent_dim 32 --train_batch_size 32 --learning_rate 1e-3 \
   --max_train_steps 1500 --lr_scheduler cosine_with_min_lr --lr_warmup_steps 50 --max_grad_norm 1.0 --ema_decay 0.999 \
   --output_dir pdae-digits
 ```
@@ -40,29 +40,27 @@ from diffusers_ext.pipelines.pdae import (
     unet_down,
     unet_up,
 )
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, _arg
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
 
 
 @dataclass(kw_only=True)
 class PDAEArguments(TrainingArguments):
     """Arguments of this script beside those of every script; the defaults are the paper's."""
 
-    latent_dim: int = _arg(512, "Size of the semantic code.")
-    encoder_block_out_channels: str | None = _arg(
+    latent_dim: int = argument(512, "Size of the semantic code.")
+    encoder_block_out_channels: str | None = argument(
         None, "Channels of the encoder's blocks, `64,128,256` for example; by default the paper's for the resolution."
     )
-    weighting: Literal["pdae", "none"] = _arg("pdae", "Weight of the loss over timesteps: the paper's, or none.")
-    gamma: float = _arg(0.1, "Exponent of the paper's weight, SNR^gamma / (1 + SNR).")
+    weighting: Literal["pdae", "none"] = argument("pdae", "Weight of the loss over timesteps: the paper's, or none.")
+    gamma: float = argument(0.1, "Exponent of the paper's weight, SNR^gamma / (1 + SNR).")
 
-    train_batch_size: int = _arg(32, "Images per process and forward pass.")
-    random_flip: bool = _arg(True, "Flip images left to right at random, as the authors do; not for digits or text.")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-        "cosine_with_min_lr",
-    ] = _arg("constant_with_warmup", "Learning-rate schedule, in optimizer steps.")  # fmt: skip
-    adam_weight_decay: float = _arg(0.0, "AdamW's decoupled weight decay; the authors use Adam, which is 0.")
-    max_grad_norm: float = _arg(0.0, "Gradients are clipped to this norm; 0, the authors' choice, turns it off.")
-    use_ema: bool = _arg(True, "Keep a moving average of the weights; it is what is validated and published.")
+    train_batch_size: int = argument(32, "Images per process and forward pass.")
+    random_flip: bool = argument(
+        True, "Flip images left to right at random, as the authors do; not for digits or text."
+    )
+    adam_weight_decay: float = argument(0.0, "AdamW's decoupled weight decay; the authors use Adam, which is 0.")
+    max_grad_norm: float = argument(0.0, "Gradients are clipped to this norm; 0, the authors' choice, turns it off.")
+    use_ema: bool = argument(True, "Keep a moving average of the weights; it is what is validated and published.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 On the bundled digits, in about four minutes on one CPU core:
 
 ```bash
-accelerate launch training/train_unconditional.py --dataset_name digits --train_batch_size 64 --max_train_steps 1500 \
+accelerate launch training/train_unconditional.py --dataset_name digits --train_batch_size 32 --max_train_steps 1500 \
   --learning_rate 1e-3 --lr_scheduler cosine_with_min_lr --lr_warmup_steps 50 --use_ema --ema_decay 0.999 \
   --output_dir ddpm-digits
 ```
@@ -28,24 +28,26 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from transformers import HfArgumentParser
 
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, _arg
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
 
 
 @dataclass(kw_only=True)
 class UnconditionalArguments(TrainingArguments):
     """Arguments of this script beside those of every script."""
 
-    model_config_name_or_path: str | None = _arg(
+    model_config_name_or_path: str | None = argument(
         None, "Folder or repo with the `config.json` of a `UNet2DModel`; by default one that fits the resolution."
     )
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = _arg(
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = argument(
         None, "What the model predicts; by default what the pretrained model does, or `epsilon`."
     )
-    ddpm_num_steps: int | None = _arg(None, "Length of the noise schedule; by default the pretrained one's, or 1000.")
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = _arg(
+    ddpm_num_steps: int | None = argument(
+        None, "Length of the noise schedule; by default the pretrained one's, or 1000."
+    )
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = argument(
         None, "Noise schedule; by default the pretrained one's, or `linear`."
     )
-    ddpm_num_inference_steps: int = _arg(50, "DDIM steps for the validation images.")
+    ddpm_num_inference_steps: int = argument(50, "DDIM steps for the validation images.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
