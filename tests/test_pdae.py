@@ -182,6 +182,22 @@ def test_estimator_fits_its_unet_and_starts_at_zero(kind, tmp_path):
 
 
 @every_unet
+def test_estimator_has_the_layers_of_its_unet(kind):
+    unet, estimator = make_unet(kind), make_estimator(make_unet(kind))
+    shapes = {
+        name: parameter.shape
+        for name, parameter in unet.named_parameters()
+        if name.startswith(("mid_block", "up_blocks", "conv_norm_out"))
+    }
+    own = {name: p.shape for name, p in estimator.named_parameters() if not name.startswith(("code_", "conv_out"))}
+    assert {n for n in shapes if "time_emb_proj" not in n} == {n for n in own if "time_emb_proj" not in n}
+    assert all(own[name] == shape for name, shape in shapes.items() if "time_emb_proj" not in name)
+    if estimator.mid_block is not None and unet.config.add_attention:
+        norms = [model.mid_block.attentions[0].group_norm for model in (unet, estimator)]
+        assert norms[0].num_groups == norms[1].num_groups
+
+
+@every_unet
 def test_every_trainable_weight_learns_and_no_frozen_one(kind):
     unet = make_unet(kind)
     encoder = make_encoder(in_channels=unet.config.in_channels).train()
@@ -504,20 +520,24 @@ def test_autoencoding_works_on_every_kind_of_unet(kind, tmp_path):
         assert not torch.equal(other.images, output.images), "the labels must matter"
 
 
-def test_call_is_encode_invert_decode():
-    pipe = make_pipeline()
+@pytest.mark.parametrize("kind", ["plain", "class-conditional"])
+def test_call_is_encode_invert_decode(kind):
+    pipe = make_pipeline(kind)
+    labels = {"class_labels": labels_for(pipe.unet)}
     image = torch.rand(2, 1, 8, 8)
     code = pipe.encode(image)
-    noise = pipe.invert(image, code, num_inference_steps=4)
-    images = pipe.decode(code, noise, num_inference_steps=3, output_type="pt").images
-    output = pipe(image, num_inference_steps=3, num_inversion_steps=4, output_type="pt")
-    for actual, expected in zip(
-        (output.images, output.latent_code, output.inverted_noise), (images, code, noise), strict=True
-    ):
-        assert torch.equal(actual, expected)
     torch.testing.assert_close(code, pipe.encoder(2 * image - 1).detach())
-    given = pipe(image, num_inference_steps=3, latents=noise, output_type="pt")
+    noise = pipe.invert(image, code, num_inference_steps=4, **labels)
+    images = pipe.decode(code, noise, num_inference_steps=3, output_type="pt", **labels).images
+    output = pipe(image, num_inference_steps=3, num_inversion_steps=4, output_type="pt", **labels)
+    for actual, expected in zip(output.to_tuple(), (images, code, noise), strict=True):
+        assert torch.equal(actual, expected)
+    given = pipe(image, num_inference_steps=3, latents=noise, output_type="pt", **labels)
     assert torch.equal(given.images, images)
+    if kind == "class-conditional":
+        other = {"class_labels": labels["class_labels"].flip(0)}
+        assert not torch.allclose(pipe.invert(image, code, 4, **other), noise)
+        assert not torch.allclose(pipe.decode(code, noise, 3, output_type="pt", **other).images, images)
 
 
 def test_networks_run_once_per_step():

@@ -566,8 +566,9 @@ def test_denoise_one_step(t):
     check(output.images, torch.from_numpy(as_input(expectation)).clamp(0, 1), torch.float64)
     # mu is affine in the estimate with factor sqrt(abar_prev) beta / (1 - abar), so Sigma G moves the estimate by
     shift = (1 - ABAR[t - 1]) / np.sqrt(ABAR[t - 1]) * Gauss.gradient(x_t, t, Z.numpy()) if t else 0.0
-    output = pipe.denoise_one_step(as_input(X0), t, **kwargs)
-    check(output.images, torch.from_numpy(as_input(expectation + shift)).clamp(0, 1), torch.float64)
+    for scale in (1.0, 0.5):
+        output = pipe.denoise_one_step(as_input(X0), t, shift_scale=scale, **kwargs)
+        check(output.images, torch.from_numpy(as_input(expectation + scale * shift)).clamp(0, 1), torch.float64)
 
 
 # -- real networks against plain DDIM
