@@ -316,11 +316,10 @@ class PDAEGradientEstimator(ModelMixin, ConfigMixin):
             )
         temb = torch.cat([temb, self.code_embedding(latent_code)], dim=1)
         # The frozen features need no gradient. On the CPU, `group_norm`'s backward crashes the process (torch 2.13)
-        # for such an input in channels_last order, which is what attention leaves behind.
+        # for such an input in channels_last order, which is what attention leaves behind. The skips are safe: they are
+        # concatenated with what is contiguous or needs a gradient.
         hidden_states = hidden_states.contiguous()
-        if self.mid_block is None:
-            res_hidden_states = (*res_hidden_states[:-1], res_hidden_states[-1].contiguous())
-        else:
+        if self.mid_block is not None:
             hidden_states = self.mid_block(hidden_states, temb)
         return _unet_up(self, hidden_states, res_hidden_states, temb)
 
