@@ -683,7 +683,8 @@ class PDAEScheduler(SchedulerMixin, ConfigMixin):
             noise_pred = self._at("sqrt_alpha_prod", timestep, sample) * model_output
             noise_pred = noise_pred + self._at("sqrt_beta_prod", timestep, sample) * sample
         if gradient is not None:
-            noise_pred = noise_pred + shift_scale * self._at(f"shift_{kind}", timestep, sample) * gradient.to(dtype)
+            coefficient = self.shift_coefficient(timestep, kind, sample)
+            noise_pred = noise_pred + shift_scale * coefficient * gradient.to(dtype)
         return noise_pred
 
     def predict_original_sample(
