@@ -35,9 +35,9 @@ from diffusers_ext.pipelines.pdae import PDAEEncoder, PDAEGradientEstimator, PDA
 SIZES = {
     "digits": (
         {
-            "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64),
+            "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32),
             "layers_per_block": 1, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 8, "attention_head_dim": 16,
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 8, "attention_head_dim": 8,
         },
         {"latent_dim": 32, "block_out_channels": (32, 64), "attention_block": None, "norm_num_groups": 8},
         64,

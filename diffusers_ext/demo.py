@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (`argparse.ArgumentParser`): The command's parser.
     """
-    parser.add_argument("--fast", action="store_true", help="one or two minutes, with fewer steps and images")
+    parser.add_argument("--fast", action="store_true", help="about a minute, with fewer steps and images")
     parser.add_argument("--output_dir", type=Path, help="by default `demo`, or `demo-fast` with --fast")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order, noise and held-out split")
 
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
         "dataset_name": "digits",
         "seed": args.seed,
         "max_train_steps": steps,
+        "train_batch_size": 64,
+        "learning_rate": 2e-3,
         "lr_scheduler": "cosine_with_min_lr",
         "lr_warmup_steps": 50,
         "max_grad_norm": 1.0,
@@ -86,8 +88,6 @@ def run(args: argparse.Namespace) -> None:
                 train_unconditional.UnconditionalArguments(
                     output_dir=str(base),
                     resume_from_checkpoint=resume,
-                    train_batch_size=32,
-                    learning_rate=1e-3,
                     **recipe,
                 )
             )
@@ -102,8 +102,6 @@ def run(args: argparse.Namespace) -> None:
                     resume_from_checkpoint=resume,
                     pretrained_model_name_or_path=str(base),
                     latent_dim=32,
-                    train_batch_size=48,
-                    learning_rate=2e-3,
                     random_flip=False,
                     **recipe,
                 )

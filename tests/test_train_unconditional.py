@@ -83,7 +83,7 @@ def test_a_run_learns_and_leaves_a_stock_pipeline(config_folder, tmp_path):
 def test_the_default_network_for_digits(tmp_path):
     main(arguments(tmp_path, max_train_steps=1))
     unet = DDPMPipeline.from_pretrained(tmp_path).unet
-    assert tuple(unet.config.block_out_channels) == (32, 64) and unet.config.attention_head_dim == 16
+    assert tuple(unet.config.block_out_channels) == (16, 32) and unet.config.attention_head_dim == 8
     assert unet(torch.zeros(1, 1, 8, 8), 5).sample.shape == (1, 1, 8, 8)
 
 

@@ -8,11 +8,11 @@ accelerate launch --num_processes 4 training/train_pdae.py \
   --train_batch_size 32 --max_train_steps 500000 --output_dir pdae-celebahq
 ```
 
-and on the bundled digits, in a few minutes on two CPU cores, after `training/train_unconditional.py`:
+and on the bundled digits, in about two minutes on one CPU core, after `training/train_unconditional.py`:
 
 ```bash
 accelerate launch -m diffusers_ext.training.train_pdae --pretrained_model_name_or_path ddpm-digits \
-  --dataset_name digits --no_random_flip --latent_dim 32 --train_batch_size 48 --learning_rate 2e-3 \
+  --dataset_name digits --no_random_flip --latent_dim 32 --train_batch_size 64 --learning_rate 2e-3 \
   --max_train_steps 1500 --lr_scheduler cosine_with_min_lr --lr_warmup_steps 50 --max_grad_norm 1.0 --ema_decay 0.999 \
   --output_dir pdae-digits
 ```

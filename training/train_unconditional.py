@@ -1,10 +1,10 @@
 """Train an unconditional DDPM (https://huggingface.co/papers/2006.11239); the output is a stock `DDPMPipeline` folder.
 
-On the bundled digits, in about four minutes on one CPU core:
+On the bundled digits, in about two minutes on one CPU core:
 
 ```bash
-accelerate launch training/train_unconditional.py --dataset_name digits --train_batch_size 32 --max_train_steps 1500 \
-  --learning_rate 1e-3 --lr_scheduler cosine_with_min_lr --lr_warmup_steps 50 --use_ema --ema_decay 0.999 \
+accelerate launch training/train_unconditional.py --dataset_name digits --train_batch_size 64 --max_train_steps 1500 \
+  --learning_rate 2e-3 --lr_scheduler cosine_with_min_lr --lr_warmup_steps 50 --use_ema --ema_decay 0.999 \
   --output_dir ddpm-digits
 ```
 
@@ -76,11 +76,12 @@ def default_unet_config(resolution: int) -> dict[str, Any]:
         `dict[str, Any]`: Keyword arguments for `UNet2DModel`, without sizes and channels of the images.
     """
     if resolution < 32:
+        width = 16 if resolution < 16 else 32
         config = {
             "layers_per_block": 1,
-            "block_out_channels": (32, 64),
+            "block_out_channels": (width, 2 * width),
             "norm_num_groups": 8,
-            "attention_head_dim": 16,
+            "attention_head_dim": width // 2,
         }
         attention = 1
     else:  # appendix B: attention at 16 x 16
