@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed-with-python-$(VERSION)
 # CUDA); `FLOOR_TORCH=` takes a requirement or the path of a wheel instead.
 FLOOR_TORCH ?= torch==2.5.1
 FLOOR := diffusers==0.38.0 huggingface-hub==1.3.0 transformers==5.0.0 accelerate==1.6.0 'datasets<4' \
-	torchmetrics==1.5.0 safetensors==0.8.0 'numpy<2.4'
+	torchmetrics==1.5.0 safetensors==0.8.0 numpy==1.26.4 pyarrow==20.0.0
 FLOOR_STAMP := $(FLOOR_VENV)/.installed
 FLOOR_TESTS ?= tests
 

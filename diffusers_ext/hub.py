@@ -286,7 +286,7 @@ class HubMixin:
             base_model = None
         _generated_card(type(self), repo_id or folder.name, card, base_model)  # raises before anything is written
 
-        with _replacing(folder) as new:
+        with replacing(folder) as new:
             try:
                 super().save_pretrained(new, safe_serialization, variant, max_shard_size, **kwargs)
             except SafetensorError as error:  # what safetensors makes of an `OSError`
@@ -678,7 +678,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """Give an empty folder to fill, then put its files into `folder`: all of them, or none when anything fails.
 
     It lies inside `folder`, so that no move crosses a file system. The steps, each of which `_finish` can take up:
@@ -725,7 +725,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def _finish(folder: Path) -> None:
-    """Bring an interrupted `_replacing` to its end: forward where the new files are complete, else back."""
+    """Bring an interrupted `replacing` to its end: forward where the new files are complete, else back."""
     work = folder / _WORK
     if not work.is_dir():
         return

@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from diffusers_ext.data import ImageDataset, load_image_dataset
-from diffusers_ext.hub import HubMixin, _replacing
+from diffusers_ext.hub import HubMixin, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -764,7 +764,7 @@ class TrainingRun:
                 pipeline.save_pretrained(self.output_dir, card=card, push_to_hub=push, repo_id=repo_id, token=token)
             else:
                 readme = self.output_dir / "README.md"
-                with _replacing(self.output_dir) as folder:
+                with replacing(self.output_dir) as folder:
                     pipeline.save_pretrained(folder)
                     if readme.exists():  # one written by hand is kept
                         shutil.copy2(readme, folder)

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
+from torch.distributed import fsdp
 
 from diffusers_ext.training_run import TrainingArguments, TrainingRun
 
@@ -135,7 +136,7 @@ def sharded(folder, small, whole):
     plugin = FullyShardedDataParallelPlugin()  # version 1 by default, and the only one in old releases of accelerate
     with pytest.raises(ValueError, match="FSDP version 1, but only one device, DDP and FSDP version 2"):
         TrainingRun(arguments(folder / "sharded"))
-    if "fsdp_version" in FullyShardedDataParallelPlugin.__dataclass_fields__:
+    if hasattr(fsdp, "CPUOffloadPolicy"):  # FSDP version 2 as accelerate uses it, from torch 2.6 on
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False
         )
