@@ -16,8 +16,9 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _PUBLIC = {
+    "CoPaintPipeline": "pipelines.copaint",
+    "CoPaintScheduler": "pipelines.copaint",
     "HubMixin": "hub",
-    "dispatch": "hub",
     "PDAEEncoder": "pipelines.pdae",
     "PDAEGapOutput": "pipelines.pdae",
     "PDAEGradientEstimator": "pipelines.pdae",
@@ -27,6 +28,7 @@ _PUBLIC = {
     "PDAESchedulerOutput": "pipelines.pdae",
     "TrainingArguments": "training_run",
     "TrainingRun": "training_run",
+    "dispatch": "hub",
     "load_image_dataset": "data",
 }
 __all__ = ["__version__", *_PUBLIC]
@@ -55,6 +57,6 @@ def __dir__() -> list[str]:
 
 
 # Dispatch imports diffusers, which takes seconds: the console command does it once it knows that it has work to do.
-_is_console_command = Path(sys.argv[0]).stem == "diffusers-ext"
+_is_console_command = [Path(word).stem for word in sys.argv[:1]] == ["diffusers-ext"]
 if os.environ.get("DIFFUSERS_EXT_NO_DISPATCH", "") not in ("1", "true", "yes") and not _is_console_command:
     importlib.import_module(f"{__name__}.hub").dispatch()

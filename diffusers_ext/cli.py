@@ -55,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Commands may load any pipeline of this package by its repo.
         importlib.import_module("diffusers_ext.hub").dispatch()
         return args.run(args) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):  # how to go on
+            print(interrupt, file=sys.stderr)
         return 130
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if "--debug" in argv or (isinstance(error, ModuleNotFoundError) and error.name.startswith("diffusers_ext")):
+    except (ValueError, OSError, ImportError) as error:
+        if "--debug" in argv or (isinstance(error, ImportError) and (error.name or "").startswith("diffusers_ext")):
             raise
         message = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):

@@ -79,7 +79,11 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # networks of this size gain little by more, and lose much where cores are busy
     try:
         # 1. Train
-        if _finished_steps(base) == steps:
+        for part in (base, pdae):
+            _check_recipe(part, recipe)
+        if not _is_finished(base) and _is_finished(pdae):
+            raise ValueError(f"{pdae} was trained on a model that {base} no longer holds: delete {pdae}.")
+        if _is_finished(base):
             print(f"Using the diffusion model (DDPM) in {base}")
         else:
             print(f"Training a diffusion model (DDPM): {steps} steps")
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
                     **recipe,
                 )
             )
-        if _finished_steps(pdae) == steps:
+        if _is_finished(pdae):
             print(f"Using PDAE in {pdae}")
         else:
             print(f"Training PDAE on it, which stays frozen: {steps} steps")
@@ -140,8 +144,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{time.monotonic() - started:.0f} s. Pictures and numbers are in {folder}, the pipeline in {pdae}.")
 
 
-def _finished_steps(folder: Path) -> int:
-    """Steps of the finished training whose pipeline is in `folder`; 0 if there is none."""
-    if not (folder / "model_index.json").is_file() or not (folder / "training_metrics.json").is_file():
-        return 0
-    return json.loads((folder / "training_metrics.json").read_text())["steps"]
+def _is_finished(folder: Path) -> bool:
+    """Whether `folder` holds the pipeline of a finished training."""
+    return (folder / "model_index.json").is_file() and (folder / "training_metrics.json").is_file()
+
+
+def _check_recipe(folder: Path, recipe: dict) -> None:
+    """Refuse what another recipe has left in `folder`: of another seed, it may have seen the held-out images."""
+    if not (folder / "training_arguments.json").is_file():
+        return
+    trained = json.loads((folder / "training_arguments.json").read_text())
+    differences = {name: trained.get(name) for name, value in recipe.items() if trained.get(name) != value}
+    if differences:
+        raise ValueError(
+            f"{folder} was trained with {differences}, but this call would train with "
+            f"{ {name: recipe[name] for name in differences} }: choose another `--output_dir`, or delete the folder."
+        )

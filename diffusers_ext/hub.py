@@ -132,6 +132,25 @@ class HubMixin:
         return index
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "HubMixin | DiffusionPipeline":
+        """Load as [`~DiffusionPipeline.from_pretrained`] does; a folder that is being saved to, once that has ended.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder or a repo id.
+            kwargs (*optional*):
+                Passed on to [`~DiffusionPipeline.from_pretrained`].
+        """
+        while os.path.isdir(pretrained_model_name_or_path):
+            _recover(pretrained_model_name_or_path)
+            with _locked(Path(pretrained_model_name_or_path), shared=True):
+                if not _interrupted(Path(pretrained_model_name_or_path)):
+                    return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Read `model_index.json` as [`~ConfigMixin.load_config`] does, with custom components by installed classes.
 
@@ -443,7 +462,7 @@ def dispatch() -> None:
             if diffusers_ext._PUBLIC.get(name, "").startswith("pipelines."):
                 known = getattr(diffusers_ext, name)
                 if issubclass(known, HubMixin):
-                    cls = known
+                    return known.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return stock(cls, pretrained_model_name_or_path, **kwargs)
 
     from_pretrained._dispatches = True
@@ -665,15 +684,15 @@ def _superseded(existing: Iterable[str], saved: Iterable[str], index: bytes | No
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time change `folder`; the lock ends with the process, whatever ends it."""
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Let one process at a time change `folder`, or several read it; the lock ends with the process in any case."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):  # Windows, and file systems without locks
             import fcntl
 
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 
@@ -739,11 +758,15 @@ def _finish(folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _interrupted(folder: Path) -> bool:
+    moving = (folder / _WORK / "old").is_dir() or (folder / _WORK / "ready").is_dir()
+    return moving and not (folder / _INDEX).exists()
+
+
 def _recover(folder: str | os.PathLike) -> None:
     """Put right a local folder that a save left without index when it was killed."""
     folder = Path(folder)
-    moving = (folder / _WORK / "old").is_dir() or (folder / _WORK / "ready").is_dir()
-    if moving and not (folder / _INDEX).exists():
+    if _interrupted(folder):
         try:
             with _locked(folder):
                 _finish(folder)

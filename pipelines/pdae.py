@@ -27,7 +27,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 try:  # saving and publishing; a copy of this file in a Hub repo works without
@@ -579,7 +579,10 @@ class PDAEScheduler(SchedulerMixin, ConfigMixin):
     def _at(self, table: str, timestep: int | torch.Tensor, sample: torch.Tensor) -> float | torch.Tensor:
         """An entry for an `int`, without a device in between; entries that broadcast over `sample` for a tensor."""
         if not isinstance(timestep, torch.Tensor):
-            return self._tables[table][timestep].item()
+            entries, limit = self._tables[table], len(self)
+            if not limit - len(entries) <= timestep < limit:  # -1 is the clean image, where that has a meaning
+                raise ValueError(f"`timestep` is {timestep}, but must be from 0 to {limit - 1}.")
+            return entries[timestep].item()
         key = (table, sample.device, torch.promote_types(sample.dtype, torch.float32))
         if key not in self._device_tables:
             self._device_tables[key] = self._tables[table].to(dtype=key[2]).to(key[1])
@@ -951,7 +954,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                     "load the U-Net that it was trained on."
                 )
         if not hasattr(scheduler, "ancestral_step"):
-            scheduler = PDAEScheduler.from_config(scheduler.config)
+            stock, scheduler = scheduler, PDAEScheduler.from_config(scheduler.config)
+            check_schedule(stock, scheduler)
         self.register_modules(unet=unet, encoder=encoder, gradient_estimator=gradient_estimator, scheduler=scheduler)
         factor = 2 ** (len(unet.config.block_out_channels) - 1)
         if any(side % factor for side in self._image_shape[1:]):
@@ -977,8 +981,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         tensors = []
         for item in images:
             if isinstance(item, Image.Image):
-                item = np.asarray(item.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-                item = item[..., None] if item.ndim == 2 else item
+                item = pil_to_array(item, channels)
             if isinstance(item, np.ndarray):
                 if item.ndim not in (3, 4):
                     raise ValueError(
@@ -1025,6 +1028,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         if self.unet.class_embedding is None:
             raise ValueError("`class_labels` were given, but this pipeline's `unet` takes none: leave them out.")
         class_labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
+            raise TypeError(f"`class_labels` has dtype {class_labels.dtype}, but labels are integers.")
         if class_labels.shape[0] == 1:
             class_labels = class_labels.expand(batch_size)
         if class_labels.shape[0] != batch_size:
@@ -1046,6 +1051,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                 f"`latent_code` has shape {tuple(latent_code.shape)}, but this pipeline's codes have shape (batch, "
                 f"{latent_dim}): use codes of its own `encode`."
             )
+        if latent_code.shape[0] == 0 or not latent_code.isfinite().all():
+            raise ValueError("`latent_code` is empty, or not finite: use codes of `encode`.")
         if batch_size is not None and latent_code.shape[0] != batch_size:
             raise ValueError(
                 f"`latent_code` has a batch of {latent_code.shape[0]}, but there are {batch_size} images: they must "
@@ -1053,19 +1060,28 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
             )
         return latent_code.to(self._execution_device)
 
-    def _check_sampling(self, sampler: str, shift_range: tuple[int, int] | None) -> tuple[int, int]:
+    def _check_sampling(
+        self, sampler: str, shift_range: tuple[int, int] | None, shift_scale: float
+    ) -> tuple[int, int]:
         if sampler not in ("ddim", "ddpm"):
             raise ValueError(f"`sampler` is {sampler!r}, but must be 'ddim' or 'ddpm'.")
+        if not isinstance(shift_scale, int | float) or not math.isfinite(shift_scale):
+            raise ValueError(f"`shift_scale` is {shift_scale!r}, but must be a finite number; 1 is as trained.")
         steps = self.scheduler.config.num_train_timesteps
-        low, high = (0, steps) if shift_range is None else shift_range
-        if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high <= steps):
+        if shift_range is None:
+            return 0, steps
+        try:
+            low, high = map(operator.index, shift_range)  # NumPy's and PyTorch's integers too
+        except (TypeError, ValueError):
+            low = high = -1
+        if not 0 <= low <= high <= steps:
             raise ValueError(
-                f"`shift_range` is {(low, high)}, but must be two whole timesteps with 0 <= low <= high <= {steps}."
+                f"`shift_range` is {shift_range}, but must be two whole timesteps with 0 <= low <= high <= {steps}."
             )
         return low, high
 
     def _check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
-        if isinstance(generator, list) and len(generator) != batch_size:
+        if isinstance(generator, list | tuple) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)} for a batch of {batch_size}: give one or {batch_size}."
             )
@@ -1081,6 +1097,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         self._check_generator(generator, batch_size)
         if inverted_noise is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
+        if not isinstance(inverted_noise, torch.Tensor):
+            raise TypeError(f"`{name}` is a {type(inverted_noise).__name__}, but must be a tensor.")
         if tuple(inverted_noise.shape) != shape:
             raise ValueError(f"`{name}` has shape {tuple(inverted_noise.shape)}, but this call needs {shape}.")
         return inverted_noise.to(self._execution_device, self._state_dtype)
@@ -1153,7 +1171,8 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images, and the codes at the end, which a callback may have replaced."""
         low, high = shift_range
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device, sampler=sampler)
         for i, (timestep, next_timestep) in enumerate(self.scheduler.trajectory):
@@ -1171,12 +1190,14 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                 latents = callback_outputs.pop("latents", latents)
                 latent_code = callback_outputs.pop("latent_code", latent_code)
             progress_bar.update()
-        return latents
+        return latents, latent_code
 
     def _num_moves(self, num_steps: int, sampler: str = "ddim", name: str = "num_inference_steps") -> int:
         limit = self.scheduler.config.num_train_timesteps
-        if not 1 <= num_steps <= limit:
-            raise ValueError(f"`{name}` is {num_steps}, but must be from 1 to {limit}, the timesteps of the schedule.")
+        if not isinstance(num_steps, int) or not 1 <= num_steps <= limit:
+            raise ValueError(
+                f"`{name}` is {num_steps}, but must be a whole number from 1 to {limit}, the schedule's timesteps."
+            )
         self.scheduler.set_timesteps(num_steps, sampler=sampler)
         return len(self.scheduler.trajectory)
 
@@ -1278,14 +1299,14 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         # 1. Check inputs
         latent_code = self._check_latent_code(latent_code)
         batch_size = latent_code.shape[0]
-        shift_range = self._check_sampling(sampler, shift_range)
+        shift_range = self._check_sampling(sampler, shift_range, shift_scale)
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
         class_labels = self._prepare_class_labels(class_labels, batch_size)
         noise = self._prepare_noise(inverted_noise, batch_size, generator)
 
         # 2. Denoise
         with self.progress_bar(total=self._num_moves(num_inference_steps, sampler)) as progress_bar:
-            latents = self._decode_loop(
+            latents, latent_code = self._decode_loop(
                 noise,
                 latent_code,
                 num_inference_steps,
@@ -1360,7 +1381,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         # 1. Check inputs
         images = self._prepare_images(image)
         batch_size = images.shape[0]
-        shift_range = self._check_sampling(sampler, shift_range)
+        shift_range = self._check_sampling(sampler, shift_range, shift_scale)
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
         class_labels = self._prepare_class_labels(class_labels, batch_size)
         if num_inversion_steps is not None and latents is not None:
@@ -1381,7 +1402,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
             if noise is None:
                 noise = self._invert_loop(images, latent_code, num_inversion_steps, class_labels, progress_bar)
             # 4. Denoise
-            latents = self._decode_loop(
+            latents, latent_code = self._decode_loop(
                 noise,
                 latent_code,
                 num_inference_steps,
@@ -1460,7 +1481,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                 end_labels = None if labels is None else labels[[0, -1]]
                 noises = self._invert_loop(ends, codes, num_inversion_steps, end_labels, progress_bar)
                 noise = slerp(noises[:1], noises[1:], weight[:, None, None, None])
-            latents = self._decode_loop(
+            latents, _ = self._decode_loop(
                 noise,
                 path if mode == "latent" else (codes[:1].expand(num, -1), codes[1:].expand(num, -1)),
                 num_inference_steps,
@@ -1601,6 +1622,50 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         if not return_dict:
             return images, latent_code, noise
         return PDAEPipelineOutput(images=images, latent_code=latent_code, inverted_noise=noise)
+
+
+# Copied from pipelines.copaint.check_schedule
+def check_schedule(stock: SchedulerMixin, converted: SchedulerMixin) -> None:
+    r"""
+    Raises an error if a stock scheduler was converted to one of other noise levels.
+
+    Args:
+        stock ([`SchedulerMixin`]): The scheduler of a checkpoint.
+        converted ([`SchedulerMixin`]): What its configuration gave.
+
+    Raises:
+        ValueError: If `stock` has no `alphas_cumprod`, or others: a model that was trained on it would be misled.
+    """
+    levels = getattr(stock, "alphas_cumprod", None)
+    same_length = levels is not None and len(levels) == len(converted.alphas_cumprod)
+    if not same_length or (levels.double().cpu() - converted.alphas_cumprod).abs().max() > 1e-4:
+        raise ValueError(
+            f"`scheduler` is a {type(stock).__name__}, whose noise levels are not those of a DDPM with the betas in "
+            "its configuration: give the scheduler that the model was trained with, such as a `DDPMScheduler`."
+        )
+
+
+# Copied from pipelines.copaint.pil_to_array
+def pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
+    r"""
+    The pixels of a PIL image: upright (EXIF orientation), with transparency laid on white, 16-bit grey in full.
+
+    Args:
+        image (`PIL.Image.Image`): The image, of any mode.
+        channels (`int`): 1 for grey, 3 for RGB.
+
+    Returns:
+        `np.ndarray`: float32 of shape `(height, width, channels)`, values in [0, 1].
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, whatever Pillow calls them
+        pixels = np.asarray(image, dtype=np.float32) / 65535
+        return np.repeat(pixels[..., None], channels, axis=-1)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
+    return pixels[..., None] if channels == 1 else pixels
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

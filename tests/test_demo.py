@@ -40,3 +40,7 @@ def test_fast_demo_and_its_second_run(tmp_path):
     assert weights.stat().st_mtime_ns == written
     assert json.loads((folder / "metrics.json").read_text())["reconstruction"] == metrics["reconstruction"]
     print(f"second run: {time.monotonic() - started:.0f} s")
+
+    # Another seed would hold out images that these models were trained on.
+    third = subprocess.run([*command, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert third.returncode == 2 and "was trained with {'seed': 0}" in third.stderr

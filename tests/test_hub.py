@@ -3,7 +3,10 @@
 import doctest
 import importlib.util
 import inspect
+import itertools
 import json
+import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -290,6 +293,31 @@ def test_blocked_save_leaves_all_as_it_was(toy: ToyPipeline, tmp_path: Path, blo
     assert blocked in str(error.value)
     assert "is as it was before" in error.value.__notes__[0]
     assert contents(tmp_path) == before
+
+
+def test_load_during_a_save_mixes_nothing(toy: ToyPipeline, tmp_path: Path) -> None:
+    def save(number: int) -> None:
+        for model in (toy.unet, toy.encoder):
+            for parameter in model.parameters():
+                torch.nn.init.constant_(parameter, number)
+        toy.save_pretrained(tmp_path)
+
+    save(0)
+    child = os.fork()
+    if child == 0:
+        for number in itertools.count(1):
+            save(number)
+    seen = set()
+    try:
+        for _ in range(12):
+            loaded = ToyPipeline.from_pretrained(tmp_path)
+            first, second = (next(model.parameters()).flatten()[0].item() for model in (loaded.unet, loaded.encoder))
+            assert first == second, "parts of two saves"
+            seen.add(first)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert len(seen) > 1, "the folder did not change meanwhile"
 
 
 def test_failed_save_to_a_new_folder_leaves_none(toy: ToyPipeline, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 
-from diffusers_ext import PDAEEncoder, PDAEGradientEstimator, PDAEPipeline, PDAEScheduler
+from diffusers_ext import PDAEEncoder, PDAEGradientEstimator, PDAEPipeline, PDAEScheduler, load_image_dataset
 from diffusers_ext.pipelines import pdae
 from diffusers_ext.pipelines.pdae import LatentModulation, check_unet, unet_down, unet_up
 
@@ -396,6 +397,27 @@ def test_stock_schedulers_are_converted(stock, config, tmp_path):
     assert all(again.config[name] == scheduler.config[name] for name in inspect.signature(PDAEScheduler).parameters)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "CMStochasticIterativeScheduler", "UnCLIPScheduler"],
+)
+def test_schedulers_of_other_processes_are_refused(name):
+    with pytest.raises(ValueError, match=f"`scheduler` is a {name}, whose noise levels are not"):
+        make_pipeline(scheduler=getattr(diffusers, name)())
+
+
+def test_timesteps_do_not_wrap_around():
+    scheduler, sample = PDAEScheduler(), torch.randn(1, 1, 2, 2)
+    assert torch.equal(scheduler.add_noise(sample, sample, -1), sample)  # the clean image
+    for call in (
+        lambda: scheduler.add_noise(sample, sample, 1000),
+        lambda: scheduler.add_noise(sample, sample, -2),
+        lambda: scheduler.shift_coefficient(-1),
+    ):
+        with pytest.raises(ValueError, match="`timestep` is .*from 0 to 999"):
+            call()
+
+
 def test_stock_schedulers_can_take_over():
     """The config goes back: another sampler of diffusers on the same schedule."""
     scheduler = PDAEScheduler(beta_schedule="scaled_linear")
@@ -590,6 +612,30 @@ def test_images_come_in_every_form(channels):
     torch.testing.assert_close(pipe.encode(other_mode), expected[:1])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_read_as_in_the_data_set(channels, tmp_path):
+    """Turned upright, transparency on white, 16 bits in full: what the data set gives, the pipeline gives."""
+    pipe = make_pipeline(in_channels=channels, out_channels=channels)
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    images = [
+        (Image.fromarray(pixels), {"exif": exif}),
+        (Image.fromarray(np.stack([pixels] * 3 + [pixels[::-1]], axis=-1), "RGBA"), {}),
+        (Image.fromarray((pixels.astype(np.uint16) << 8) + 7), {}),
+        (Image.fromarray(pixels).convert("P"), {"transparency": int(pixels[2, 2])}),
+    ]
+    for i, (image, options) in enumerate(images):
+        path = tmp_path / str(i) / "image.png"
+        path.parent.mkdir()
+        image.save(path, **options)
+        mode = "L" if channels == 1 else "RGB"
+        data = load_image_dataset(None, path.parent, resolution=8, image_mode=mode, validation_fraction=0)
+        with Image.open(path) as image:
+            seen = pipe._prepare_images(image)
+        torch.testing.assert_close(seen[0], data[0]["images"], rtol=0, atol=2e-3)
+
+
 def test_interpolation_starts_and_ends_at_its_images():
     pipe = make_pipeline().to(torch.float64)
     a, b = torch.rand(2, 1, 1, 8, 8, dtype=torch.float64)
@@ -779,6 +825,14 @@ BAD_CALLS = {
         lambda p: p.posterior_gap(BATCH, [3], generator=[torch.Generator()]),
         "`generator` is a list of 1 for a batch of 2",
     ),
+    "tuple of generators": (lambda p: p.decode(CODE, generator=(torch.Generator(),)), "`generator` is a list of 1"),
+    "list for noise": (lambda p: p(BATCH, latents=[1.0]), "TypeError: `latents` is a list.*tensor"),
+    "half a step": (lambda p: p(BATCH, num_inference_steps=2.5), "`num_inference_steps` is 2.5.*whole number"),
+    "one number for shift_range": (lambda p: p(BATCH, shift_range=300), "`shift_range` is 300.*two whole timesteps"),
+    "word for shift_scale": (lambda p: p(BATCH, shift_scale="big"), "`shift_scale` is 'big'.*finite number"),
+    "NaN for shift_scale": (lambda p: p.decode(CODE, shift_scale=float("nan")), "`shift_scale` is nan.*finite"),
+    "NaN in a code": (lambda p: p.decode(CODE * float("nan")), "`latent_code` is empty, or not finite"),
+    "no codes": (lambda p: p.decode(CODE[:0]), "`latent_code` is empty, or not finite"),
     "mode": (lambda p: p.interpolate(BATCH[0], BATCH[1], mode="z"), "`mode` is 'z'.*'latent' or 'trajectory'"),
     "short path": (lambda p: p.interpolate(BATCH[0], BATCH[1], 1), "`num` is 1, but a path has at least its 2 ends"),
     "batches at the ends": (lambda p: p.interpolate(BATCH, BATCH), "`a` and `b` hold 2 and 2 images: give one each"),
@@ -810,6 +864,13 @@ def test_bad_input_is_refused_before_a_model_runs(name):
 def test_bad_labels_are_refused_before_a_model_runs(labels, message):
     pipe = make_pipeline("class-conditional")
     with pytest.raises(ValueError, match=message), no_model_runs(pipe):
+        pipe(BATCH, class_labels=labels)
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], [True, False]])
+def test_labels_are_integers(labels):
+    pipe = make_pipeline("class-conditional")
+    with pytest.raises(TypeError, match="`class_labels` has dtype .*integers"), no_model_runs(pipe):
         pipe(BATCH, class_labels=labels)
 
 

@@ -1,0 +1,1105 @@
+r"""CoPaint: coherent inpainting by a pretrained diffusion model, without training.
+
+*Towards Coherent Image Inpainting Using Denoising Diffusion Implicit Models*, Zhang et al., ICML 2023
+(https://huggingface.co/papers/2304.03322). Pasting the known pixels into the noisy image at every step leaves the
+model no way to make the rest agree with them. CoPaint changes the whole noisy image instead: at every level `x_t` is
+moved by gradient descent until the clean image that the model predicts from it in one step agrees with the known
+pixels, and then denoised by one DDIM step; optionally it travels back in time and does so again.
+
+This file is complete in itself: scheduler, measurement operators, pipeline. Notation: `abar_t` is the cumulative
+product of `alpha_t = 1 - beta_t`; timestep 0 is the least noisy level and -1 stands for the clean image, `abar = 1`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
+
+try:  # saving and publishing; a copy of this file in a Hub repo works without
+    import diffusers_ext.hub as _hub
+
+    HubMixin = _hub.HubMixin
+except ImportError:
+    HubMixin = type("HubMixin", (), {})
+
+
+# --------------------------------------------------------------------------------------------------------- scheduler
+
+
+@dataclass
+class CoPaintSchedulerOutput(BaseOutput):
+    """
+    Output of [`CoPaintScheduler.step`].
+
+    Args:
+        prev_sample (`torch.Tensor`): The sample at the next level, shape `(batch, channels, height, width)`.
+        pred_original_sample (`torch.Tensor`): The clean image as predicted from the current level, same shape.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class CoPaintScheduler(SchedulerMixin, ConfigMixin):
+    r"""
+    DDIM (https://huggingface.co/papers/2010.02502) on explicit moves from one timestep to another, which may also lead
+    back to more noise. Levels are never derived from a spacing, so that respaced, custom and jumping lists are exact.
+    The schedule is kept in float64 and enters as Python numbers: the sample's dtype alone sets the precision.
+
+    Args:
+        num_train_timesteps (`int`, *optional*, defaults to 1000): `T`.
+        beta_start (`float`, *optional*, defaults to 1e-4): First `beta` of the schedules that have one.
+        beta_end (`float`, *optional*, defaults to 0.02): Last `beta` of the schedules that have one.
+        beta_schedule (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"` or `"sigmoid"`.
+        trained_betas (`list[float]`, *optional*): The betas themselves.
+        prediction_type (`str`, *optional*, defaults to `"epsilon"`):
+            What the U-Net predicts: `"epsilon"`, `"sample"` or `"v_prediction"`.
+        clip_sample (`bool`, *optional*, defaults to `True`): Whether predictions of the clean image are clipped.
+        clip_sample_range (`float`, *optional*, defaults to 1.0): The limit of that clip.
+        thresholding (`bool`, *optional*, defaults to `False`):
+            Dynamic thresholding (https://huggingface.co/papers/2205.11487, section 2.3) in place of the clip.
+        dynamic_thresholding_ratio (`float`, *optional*, defaults to 0.995): Its quantile of absolute values.
+        sample_max_value (`float`, *optional*, defaults to 1.0): Its largest threshold.
+        rescale_betas_zero_snr (`bool`, *optional*, defaults to `False`): Refused if `True`.
+
+    Raises:
+        ValueError: For an unknown schedule or prediction type, and for schedules that end in pure noise
+            (`rescale_betas_zero_snr`), from which no noise prediction can be turned into an image.
+
+    Example:
+
+    ```py
+    >>> from diffusers_ext import CoPaintScheduler
+
+    >>> scheduler = CoPaintScheduler()
+    >>> scheduler.set_timesteps(4)
+    >>> scheduler.trajectory
+    [(999, 666), (666, 333), (333, 0)]
+    >>> scheduler.set_timesteps(4, jump_length=1, jump_n_sample=2)
+    >>> scheduler.trajectory[:5]
+    [(999, 666), (666, 999), (999, 666), (666, 333), (333, 666)]
+
+    ```
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"`prediction_type` is {prediction_type!r}, but must be 'epsilon', 'sample' or 'v_prediction'."
+            )
+        if trained_betas is not None:
+            betas = np.asarray(trained_betas, dtype=np.float64)
+        elif beta_schedule == "linear":
+            betas = np.linspace(beta_start, beta_end, num_train_timesteps)
+        elif beta_schedule == "scaled_linear":
+            betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+        elif beta_schedule == "squaredcos_cap_v2":
+            # abar(u) = cos^2((u + 0.008) / 1.008 pi / 2), https://huggingface.co/papers/2102.09672, eq. 17
+            time = np.arange(num_train_timesteps + 1) / num_train_timesteps
+            alpha_bar = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+        elif beta_schedule == "sigmoid":
+            betas = beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, num_train_timesteps)))
+        else:
+            raise ValueError(
+                f"`beta_schedule` is {beta_schedule!r}, but must be 'linear', 'scaled_linear', 'squaredcos_cap_v2' or "
+                "'sigmoid'; give any other schedule as `trained_betas`."
+            )
+        if len(betas) != num_train_timesteps or not ((betas > 0) & (betas < 1)).all() or rescale_betas_zero_snr:
+            raise ValueError(
+                f"the schedule has {len(betas)} betas in [{betas.min():.4g}, {betas.max():.4g}] and "
+                f"`rescale_betas_zero_snr`={rescale_betas_zero_snr}, but this scheduler needs `num_train_timesteps`="
+                f"{num_train_timesteps} betas inside (0, 1) and `rescale_betas_zero_snr=False`: at pure noise no "
+                "noise prediction determines an image."
+            )
+        alphas_cumprod = np.cumprod(1 - betas)
+        self.betas = torch.from_numpy(betas)
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod)
+        self._levels = [*alphas_cumprod.tolist(), 1.0]  # the last entry makes timestep -1 the clean image
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.trajectory: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        jump_length: int = 1,
+        jump_n_sample: int = 1,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        r"""
+        Lays out the moves: `trajectory`, a list of pairs `(timestep, next_timestep)`, and `timesteps` (int64), the
+        first of each pair. The levels are `round(i (T - 1) / (N - 1))`, which include both ends; as in the authors'
+        respacing the stride is summed up, which decides how halves are rounded. The list ends at the least noisy
+        level, not in the clean image.
+
+        With `jump_n_sample > 1` it travels in time as in RePaint (https://huggingface.co/papers/2201.09865): each time
+        it comes to one of the places 0, `jump_length`, 2 `jump_length`, ... below `N - jump_length` (counted from the
+        clean end), it goes `jump_length` levels back and down again, until the levels above that place have been
+        walked through `jump_n_sample` times.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number `N` of levels, 2 to `num_train_timesteps`.
+            device (`str` or `torch.device`, *optional*): Where `timesteps` is put.
+            jump_length (`int`, *optional*, defaults to 1): Levels per jump, at least 1.
+            jump_n_sample (`int`, *optional*, defaults to 1): Passes through each stretch, at least 1; 1 for no jumps.
+            timesteps (`list[int]`, *optional*): The levels themselves, falling, in place of `num_inference_steps`.
+
+        Raises:
+            ValueError: For numbers out of range, timesteps that do not fall, or both or none of
+                `num_inference_steps` and `timesteps`.
+        """
+        limit = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps} and `timesteps` is {timesteps}: give one of the two."
+            )
+        if timesteps is None:
+            if not 2 <= num_inference_steps <= limit:
+                raise ValueError(
+                    f"`num_inference_steps` is {num_inference_steps}, but the schedule has {limit} timesteps: choose "
+                    f"a number from 2 to {limit}."
+                )
+            stride = (limit - 1) / (num_inference_steps - 1)
+            places = itertools.accumulate(itertools.repeat(stride, num_inference_steps - 1), initial=0.0)
+            levels = [round(place) for place in places][::-1]
+        else:
+            levels = [int(timestep) for timestep in timesteps]
+            falls = all(a > b for a, b in itertools.pairwise(levels))
+            if len(levels) < 2 or not falls or not 0 <= levels[-1] <= levels[0] < limit:
+                raise ValueError(
+                    f"`timesteps` is {levels}, but must be at least two timesteps from {limit - 1} to 0, falling."
+                )
+        if jump_length < 1 or jump_n_sample < 1:
+            raise ValueError(
+                f"`jump_length` is {jump_length} and `jump_n_sample` is {jump_n_sample}, but both must be at least 1."
+            )
+        left = dict.fromkeys(range(0, len(levels) - jump_length, jump_length), jump_n_sample - 1)
+        place = len(levels) - 1  # counted from the clean end
+        places = [place]
+        while place > 0:
+            place -= 1
+            places.append(place)
+            if left.get(place, 0) > 0:
+                left[place] -= 1
+                places += range(place + 1, place + jump_length + 1)
+                place += jump_length
+        visited = [levels[-1 - place] for place in places]
+        self.num_inference_steps = len(levels)
+        self.trajectory = list(itertools.pairwise(visited))
+        self.timesteps = torch.tensor(visited[:-1], dtype=torch.int64, device=device)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Returns `sample` as it is; for use in place of other schedulers."""
+        return sample
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        `x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`.
+
+        Args:
+            original_samples (`torch.Tensor`): `x_0`, shape `(batch, channels, height, width)`.
+            noise (`torch.Tensor`): `eps`, same shape.
+            timesteps (`int` or `torch.Tensor`): One timestep, or int64 of shape `(batch,)`; -1 gives `x_0` itself.
+        """
+        if isinstance(timesteps, torch.Tensor) and timesteps.ndim:
+            levels = torch.tensor(self._levels, dtype=torch.float64)[timesteps.cpu()]
+            levels = levels.reshape(-1, *(1,) * (original_samples.ndim - 1))
+            signal, sigma = (table.to(original_samples) for table in (levels.sqrt(), (1 - levels).sqrt()))
+        else:
+            level = self._levels[int(timesteps)]
+            signal, sigma = level**0.5, (1 - level) ** 0.5
+        return signal * original_samples + sigma * noise
+
+    def predict(
+        self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        The clean image and the noise that the model sees in `sample`:
+        `x_0 = clip((x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t))`, and `eps` as predicted, not anew from the clipped
+        `x_0`. Differentiable in both arguments.
+
+        Args:
+            model_output (`torch.Tensor`): What the U-Net predicts, by `prediction_type`; shape of `sample`.
+            timestep (`int`): The level of `sample`.
+            sample (`torch.Tensor`): `x_t`, shape `(batch, channels, height, width)`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: `pred_original_sample` and `noise_pred`, of the shape of `sample`.
+        """
+        level = self._levels[int(timestep)]
+        signal, sigma = level**0.5, (1 - level) ** 0.5
+        if self.config.prediction_type == "epsilon":
+            pred_original_sample, noise_pred = (sample - sigma * model_output) / signal, model_output
+        elif self.config.prediction_type == "sample":
+            pred_original_sample, noise_pred = model_output, (sample - signal * model_output) / sigma
+        else:  # v = sqrt(abar) eps - sqrt(1 - abar) x_0
+            pred_original_sample = signal * sample - sigma * model_output
+            noise_pred = signal * model_output + sigma * sample
+        if self.config.thresholding:
+            magnitudes = pred_original_sample.flatten(1).abs()
+            ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
+            threshold = torch.quantile(magnitudes, ratio, dim=1).clamp(1, max(1, largest))
+            threshold = threshold.reshape(-1, *(1,) * (sample.ndim - 1))
+            pred_original_sample = torch.minimum(torch.maximum(pred_original_sample, -threshold), threshold)
+            pred_original_sample = pred_original_sample / threshold
+        elif self.config.clip_sample:
+            limit = self.config.clip_sample_range
+            pred_original_sample = pred_original_sample.clamp(-limit, limit)
+        return pred_original_sample, noise_pred
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        next_timestep: int,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> CoPaintSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        One DDIM step (equation 12 of https://huggingface.co/papers/2010.02502) to any less noisy level:
+        `sqrt(abar_next) x_0 + sqrt(1 - abar_next - s^2) eps + s z`, with
+        `s = eta sqrt((1 - abar_next) / (1 - abar_t)) sqrt(1 - abar_t / abar_next)`.
+
+        Args:
+            model_output (`torch.Tensor`): What the U-Net predicts at `timestep`; shape of `sample`.
+            timestep (`int`): The level of `sample`.
+            sample (`torch.Tensor`): `x_t`, shape `(batch, channels, height, width)`.
+            next_timestep (`int`): The level to go to, below `timestep`; -1 for the clean image.
+            eta (`float`, *optional*, defaults to 0.0): 0 is deterministic and draws nothing, 1 is ancestral.
+            generator (`torch.Generator` or a list of them, *optional*): For `z`.
+            variance_noise (`torch.Tensor`, *optional*): `z` itself, shape of `sample`.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`CoPaintSchedulerOutput`].
+
+        Raises:
+            ValueError: If `next_timestep` is not below `timestep`.
+        """
+        if next_timestep >= timestep:
+            raise ValueError(
+                f"`next_timestep` is {next_timestep}, but a step from {timestep} must lead to less noise: use "
+                "`undo_step`."
+            )
+        pred_original_sample, noise_pred = self.predict(model_output, timestep, sample)
+        level, next_level = self._levels[int(timestep)], self._levels[int(next_timestep)]
+        variance = eta**2 * (1 - next_level) / (1 - level) * (1 - level / next_level)
+        prev_sample = next_level**0.5 * pred_original_sample
+        prev_sample = prev_sample + max(1 - next_level - variance, 0.0) ** 0.5 * noise_pred
+        if variance > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+            prev_sample = prev_sample + variance**0.5 * variance_noise
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return CoPaintSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def undo_step(
+        self,
+        sample: torch.Tensor,
+        timestep: int,
+        next_timestep: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Back to more noise: a draw from `q(x_next | x_t)`, `sqrt(r) x_t + sqrt(1 - r) z` with `r = abar_next / abar_t`.
+
+        Args:
+            sample (`torch.Tensor`): `x_t`, shape `(batch, channels, height, width)`.
+            timestep (`int`): The level of `sample`; -1 for a clean image.
+            next_timestep (`int`): The level to go to, above `timestep`.
+            generator (`torch.Generator` or a list of them, *optional*): For `z`.
+            noise (`torch.Tensor`, *optional*): `z` itself, shape of `sample`.
+
+        Raises:
+            ValueError: If `next_timestep` is not above `timestep`.
+        """
+        if next_timestep <= timestep:
+            raise ValueError(
+                f"`next_timestep` is {next_timestep}, but undoing a step from {timestep} must lead to more noise: use "
+                "`step`."
+            )
+        ratio = self._levels[int(next_timestep)] / self._levels[int(timestep)]
+        if noise is None:
+            noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+        return ratio**0.5 * sample + (1 - ratio) ** 0.5 * noise
+
+
+# --------------------------------------------------------------------------------------------- measurement operators
+
+
+class MaskOperator:
+    r"""
+    What is known of an image with a hole: `A x = m x`, with `m` 1 on known pixels and 0 elsewhere. `A` is its own
+    transpose and its own pseudo-inverse.
+
+    Args:
+        keep_mask (`torch.Tensor`): `m`, shape `(batch, 1, height, width)`.
+    """
+
+    def __init__(self, keep_mask: torch.Tensor) -> None:
+        self.keep_mask = keep_mask
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """`A x`, shape `(batch, channels, height, width)` to the same."""
+        return self.keep_mask * sample
+
+    def transpose(self, measurement: torch.Tensor) -> torch.Tensor:
+        """`A^T y`, same shape."""
+        return self.keep_mask * measurement
+
+    def pseudo_inverse(self, measurement: torch.Tensor) -> torch.Tensor:
+        """`A^+ y`, same shape."""
+        return self.keep_mask * measurement
+
+
+class AveragePoolOperator:
+    r"""
+    What is known of an image from a smaller one: the means over squares of `scale_factor` pixels a side. With `s` for
+    that side, `A A^T = I / s^2`, so that `A^+ = s^2 A^T`, which repeats each value over its square.
+
+    Args:
+        scale_factor (`int`): Side of the squares in pixels.
+    """
+
+    def __init__(self, scale_factor: int) -> None:
+        self.scale_factor = scale_factor
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """`A x`, shape `(batch, channels, height, width)` to `(batch, channels, height / s, width / s)`."""
+        return torch.nn.functional.avg_pool2d(sample, self.scale_factor)
+
+    def transpose(self, measurement: torch.Tensor) -> torch.Tensor:
+        """`A^T y`, shape `(batch, channels, height / s, width / s)` to `(batch, channels, height, width)`."""
+        return self.pseudo_inverse(measurement) / self.scale_factor**2
+
+    def pseudo_inverse(self, measurement: torch.Tensor) -> torch.Tensor:
+        """`A^+ y`, shapes as in `transpose`."""
+        rows = measurement.repeat_interleave(self.scale_factor, dim=-2)
+        return rows.repeat_interleave(self.scale_factor, dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------ inputs
+
+
+def pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
+    r"""
+    The pixels of a PIL image: upright (EXIF orientation), with transparency laid on white, 16-bit grey in full.
+
+    Args:
+        image (`PIL.Image.Image`): The image, of any mode.
+        channels (`int`): 1 for grey, 3 for RGB.
+
+    Returns:
+        `np.ndarray`: float32 of shape `(height, width, channels)`, values in [0, 1].
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, whatever Pillow calls them
+        pixels = np.asarray(image, dtype=np.float32) / 65535
+        return np.repeat(pixels[..., None], channels, axis=-1)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
+    return pixels[..., None] if channels == 1 else pixels
+
+
+def to_batch(
+    image: Image.Image | np.ndarray | torch.Tensor | list, channels: int, name: str = "image"
+) -> torch.Tensor:
+    r"""
+    One image or several, as they come, in one tensor. PIL images become grey or RGB as [`pil_to_array`] says, booleans
+    0 and 1.
+
+    Args:
+        image: PIL images, arrays of shape `(height, width, channels)` or `(batch, height, width, channels)`, tensors
+            of shape `(channels, height, width)` or `(batch, channels, height, width)`, or a list of them, with values
+            in [0, 1]. With `channels` 1, arrays and tensors may also be `(height, width)`.
+        channels (`int`): How many there must be.
+        name (`str`, *optional*, defaults to `"image"`): The argument to name in errors.
+
+    Returns:
+        `torch.Tensor`: Shape `(batch, channels, height, width)`, values in [0, 1], float32, or float64 if it was.
+
+    Raises:
+        TypeError: For other types, and for integers, whose range cannot be known.
+        ValueError: For other shapes, sizes that differ, no image at all, and values that are not in [0, 1].
+    """
+    tensors = []
+    for item in image if isinstance(image, list | tuple) else [image]:
+        if isinstance(item, Image.Image):
+            item = pil_to_array(item, channels)
+        if isinstance(item, np.ndarray):
+            item = torch.from_numpy(np.ascontiguousarray(item))
+            if item.ndim > 2:
+                item = item.movedim(-1, -3)
+        if not isinstance(item, torch.Tensor):
+            raise TypeError(f"`{name}` holds a {type(item).__name__}: give PIL images, arrays or tensors.")
+        if item.dtype == torch.bool:
+            item = item.float()
+        if not item.is_floating_point():
+            raise TypeError(f"`{name}` has dtype {item.dtype}, but values must be floats in [0, 1]: divide by 255.")
+        if item.ndim == 2 and channels == 1:
+            item = item[None]
+        if item.ndim not in (3, 4) or item.shape[-3] != channels:
+            raise ValueError(
+                f"`{name}` has shape {tuple(item.shape)} (as (..., channels, height, width)), but must have "
+                f"{channels} channels: convert it."
+            )
+        item = item if item.ndim == 4 else item[None]
+        tensors.append(item.to(torch.promote_types(item.dtype, torch.float32)))
+    sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` has images of (height, width) {sorted(sizes)}, but one call needs one size.")
+    if sum(len(tensor) for tensor in tensors) == 0 or 0 in next(iter(sizes)):
+        raise ValueError(f"`{name}` is empty: give at least one image.")
+    batch = torch.cat([tensor.to(tensors[0].device) for tensor in tensors])
+    low, high = batch.min().item(), batch.max().item()
+    if not (low >= 0 and high <= 1):  # also catches NaN
+        raise ValueError(
+            f"`{name}` has values in [{low:.4g}, {high:.4g}], but they must be in [0, 1]: rescale them, for images in "
+            "[-1, 1] by `image / 2 + 0.5`."
+        )
+    return batch
+
+
+def prepare_keep_mask(
+    mask_image: Image.Image | np.ndarray | torch.Tensor | list, batch_size: int, height: int, width: int
+) -> torch.Tensor:
+    r"""
+    The mask of known pixels from one in diffusers' convention, where white is repainted. Grey is split at 0.5; another
+    size is resized to its nearest pixels, if it has the same proportions.
+
+    Args:
+        mask_image: As `image` in [`to_batch`], one for all images or one each; 1 (white) = repaint.
+        batch_size (`int`): Number of images.
+        height (`int`): Height of the images in pixels.
+        width (`int`): Width of the images in pixels.
+
+    Returns:
+        `torch.Tensor`: 1 = known, 0 = to be painted, float32 of shape `(batch_size, 1, height, width)`.
+
+    Raises:
+        TypeError: As [`to_batch`].
+        ValueError: As [`to_batch`]; for a mask of other proportions; for a number of masks that does not fit.
+    """
+    mask = to_batch(mask_image, 1, "mask_image")
+    if mask.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"`mask_image` has {mask.shape[0]} masks for {batch_size} images: give one for all, or one each."
+        )
+    if mask.shape[-2] * width != mask.shape[-1] * height:
+        raise ValueError(
+            f"`mask_image` has (height, width) {tuple(mask.shape[-2:])}, but the images have {(height, width)}: they "
+            "must agree in size, or at least in proportions."
+        )
+    keep = (mask < 0.5).float()
+    keep = torch.nn.functional.interpolate(keep, (height, width), mode="nearest-exact")
+    return keep.expand(batch_size, -1, -1, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------- pipeline
+
+
+@dataclass
+class CoPaintPipelineOutput(BaseOutput):
+    """
+    Output of [`CoPaintPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            The images: PIL, or values in [0, 1] of shape `(batch, height, width, channels)` as an array and
+            `(batch, channels, height, width)` as a tensor; with `output_type="latent"` a tensor in [-1, 1].
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+
+
+# The authors' settings (their configuration files, not their code's defaults). `timesteps` of "fast" is 100 of the 250
+# levels of the others, which is what a hundred steps mean there.
+PRESETS = {
+    "copaint": {
+        "num_inference_steps": 250,
+        "num_optimization_steps": 2,
+        "learning_rate": 0.02,
+        "learning_rate_decay": 1.012,
+        "regularization": 1e-4,
+        "regularization_decay": 1.01,
+        "jump_length": 1,
+        "jump_n_sample": 1,
+        "eta": 0.0,
+    },
+}
+PRESETS["fast"] = PRESETS["copaint"] | {
+    "num_inference_steps": 100,
+    "num_optimization_steps": 1,
+    "learning_rate_decay": 1.03,
+}
+PRESETS["tt"] = PRESETS["copaint"] | {"jump_length": 10, "jump_n_sample": 2}
+
+
+class CoPaintPipeline(HubMixin, DiffusionPipeline):
+    r"""
+    Fills holes of any shape in images, or enlarges images, by a pretrained diffusion model that was never trained for
+    it (https://huggingface.co/papers/2304.03322).
+
+    With `A` for what is measured of an image (its known pixels, or the means over squares) and `y` for the
+    measurement, every level's `x_t` is moved by `num_optimization_steps` steps of gradient descent on
+    `||y - A x_0(x_t)||^2 + c ||x_t - x_t'||^2`, where `x_0(x_t)` is the clean image that the model predicts and `x_t'`
+    where the level began; then a DDIM step follows. All sums are over the pixels of one image: images of a batch do
+    not influence each other. (The authors' line search is shared by a batch.)
+
+    A step size at which the loss would rise is multiplied by 0.8 until it does not. The forward pass of the accepted
+    step serves the next gradient or the DDIM step too, so that a level costs `1 + G` forward and `G` backward passes,
+    and one forward pass more for every rejected step. When a step is rejected for some images of a batch, all of the
+    batch is evaluated again, with the step sizes of the others as they were.
+
+    Args:
+        unet ([`UNet2DModel`] or another model on images):
+            The pretrained network, of one or three channels: unconditional or class-conditional, with or without
+            learned variance.
+        scheduler ([`CoPaintScheduler`] or another): A stock scheduler (of a DDPM or DDIM checkpoint) is converted.
+
+    Raises:
+        ValueError: If the U-Net is of a kind that does not fit.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: CoPaintScheduler | SchedulerMixin) -> None:
+        super().__init__()
+        check_unet(unet)
+        if not hasattr(scheduler, "undo_step") or not hasattr(scheduler, "predict"):
+            stock, scheduler = scheduler, CoPaintScheduler.from_config(scheduler.config)
+            check_schedule(stock, scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    # -- inputs
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        # Half precision cannot hold a trajectory (1 - abar_0 = 1e-4 is lost): only the network computes in it.
+        return torch.promote_types(self.unet.dtype, torch.float32)
+
+    def _check_size(self, height: int, width: int) -> None:
+        factor = 2 ** (len(self.unet.config.get("block_out_channels", (1,))) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"`image` has (height, width) {(height, width)}, but the U-Net halves images {int(math.log2(factor))} "
+                f"times: both must be multiples of {factor}; resize or pad the image."
+            )
+
+    def _prepare_class_labels(
+        self, class_labels: int | list[int] | torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor | None:
+        conditional = getattr(self.unet, "class_embedding", None) is not None
+        if class_labels is None:
+            if conditional:
+                raise ValueError("`class_labels` are missing: this pipeline's `unet` is class-conditional.")
+            return None
+        if not conditional:
+            raise ValueError("`class_labels` were given, but this pipeline's `unet` takes none: leave them out.")
+        class_labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
+            raise TypeError(f"`class_labels` has dtype {class_labels.dtype}, but labels are integers.")
+        if class_labels.shape[0] == 1:
+            class_labels = class_labels.expand(batch_size)
+        if class_labels.shape[0] != batch_size:
+            raise ValueError(
+                f"`class_labels` has {class_labels.shape[0]} entries for a batch of {batch_size}: give one or "
+                f"{batch_size}."
+            )
+        limit = self.unet.config.num_class_embeds
+        if limit is not None and not (0 <= class_labels.min() <= class_labels.max() < limit):
+            raise ValueError(f"`class_labels` is {class_labels.tolist()}, but labels must be from 0 to {limit - 1}.")
+        return class_labels
+
+    def _prepare_latents(
+        self,
+        latents: torch.Tensor | None,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} for a batch of {shape[0]}: give one or {shape[0]}."
+            )
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but this call needs {shape}.")
+        return latents.to(self._execution_device, self._state_dtype)
+
+    def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}, but must be of {self._callback_tensor_inputs}."
+            )
+
+    def _predict(
+        self, sample: torch.Tensor, timestep: int, class_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the U-Net predicts, and the values of its learned variance if it has one, in the sample's dtype."""
+        timesteps = torch.full((sample.shape[0],), timestep, dtype=torch.int64, device=sample.device)
+        output = self.unet(sample.to(self.unet.dtype), timesteps, class_labels=class_labels).sample.to(sample.dtype)
+        if output.shape[1] == sample.shape[1]:
+            return output, None
+        model_output, variance_values = output.split(sample.shape[1], dim=1)
+        return model_output, variance_values
+
+    # -- one level
+
+    def _evaluate(
+        self,
+        sample: torch.Tensor,
+        timestep: int,
+        class_labels: torch.Tensor | None,
+        loss_inputs: tuple["MaskOperator | AveragePoolOperator", torch.Tensor, torch.Tensor, float],
+        path: list[int],
+        with_graph: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sample (a leaf if there is a graph), its loss per image, the U-Net's output, the clean image."""
+        operator, measurement, origin, regularization = loss_inputs
+        with torch.set_grad_enabled(with_graph):
+            sample = sample.detach().requires_grad_(with_graph)
+            model_output, _ = self._predict(sample, timestep, class_labels)
+            pred_original_sample, _ = self.scheduler.predict(model_output, timestep, sample)
+            estimate = pred_original_sample
+            if path:
+                # Several deterministic steps down to the least noisy level in place of one to the clean image
+                state = self.scheduler.step(model_output, timestep, sample, path[0]).prev_sample
+                for level, next_level in itertools.pairwise(path):
+
+                    def move(state: torch.Tensor, level: int = level, next_level: int = next_level) -> torch.Tensor:
+                        output, _ = self._predict(state, level, class_labels)
+                        return self.scheduler.step(output, level, state, next_level).prev_sample
+
+                    if with_graph:  # one pass's activations at a time
+                        state = torch.utils.checkpoint.checkpoint(move, state, use_reentrant=False)
+                    else:
+                        state = move(state)
+                estimate = state.clamp(-1, 1)
+            loss = (operator.forward(estimate) - measurement).square().flatten(1).sum(1)
+            loss = loss + regularization * (sample - origin).square().flatten(1).sum(1)
+        return sample, loss, model_output.detach(), pred_original_sample.detach()
+
+    def _optimize(
+        self,
+        latents: torch.Tensor,
+        timestep: int,
+        step: int,
+        class_labels: torch.Tensor | None,
+        operator: "MaskOperator | AveragePoolOperator",
+        measurement: torch.Tensor,
+        path: list[int],
+        learning_rate: float,
+        regularization: float,
+        num_optimization_steps: int,
+        adaptive_learning_rate: bool,
+        loss_tolerance: float,
+        max_backtracks: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradient descent at one level: the sample, the U-Net's output at it, and the clean image that this gives."""
+        loss_inputs = (operator, measurement, latents, regularization)
+        rates = latents.new_full((latents.shape[0], *(1,) * (latents.ndim - 1)), learning_rate)
+        sample, loss, *predictions = self._evaluate(latents, timestep, class_labels, loss_inputs, path, True)
+        for iteration in range(num_optimization_steps):
+            [gradient] = torch.autograd.grad(loss, sample, torch.ones_like(loss))  # of the sum over the batch
+            sample, loss = sample.detach(), loss.detach()
+            more = iteration + 1 < num_optimization_steps  # only then is a graph needed
+            trial, trial_loss, *predictions = self._evaluate(
+                sample - rates * gradient, timestep, class_labels, loss_inputs, path, more
+            )
+            backtracks = 0
+            while adaptive_learning_rate:
+                accepted = trial_loss.detach() <= loss * (1 + loss_tolerance)
+                if accepted.all():
+                    break
+                if backtracks > max_backtracks or not (loss.isfinite().all() and gradient.isfinite().all()):
+                    break
+                # The authors' 0.8; images that no step size in reach improves stay where they are.
+                factor = 0.8 if backtracks < max_backtracks else 0.0
+                rates = torch.where(accepted.reshape(rates.shape), rates, factor * rates)
+                backtracks += 1
+                del trial, trial_loss, predictions  # and the graph with them: never two at once
+                trial, trial_loss, *predictions = self._evaluate(
+                    sample - rates * gradient, timestep, class_labels, loss_inputs, path, more
+                )
+            sample, loss = trial, trial_loss
+        if not loss.isfinite().all():
+            raise ValueError(
+                f"the loss is not finite at step {step} (timestep {timestep}) with `learning_rate` "
+                f"{rates.flatten().tolist()} there: choose a smaller `learning_rate`, keep `adaptive_learning_rate`, "
+                "or run the U-Net in float32."
+            )
+        return sample.detach(), *predictions
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | np.ndarray | torch.Tensor | list,
+        mask_image: Image.Image | np.ndarray | torch.Tensor | list | None = None,
+        num_inference_steps: int | None = None,
+        num_optimization_steps: int | None = None,
+        learning_rate: float | None = None,
+        learning_rate_decay: float | None = None,
+        scale_learning_rate: bool = True,
+        adaptive_learning_rate: bool = True,
+        regularization: float | None = None,
+        regularization_decay: float | None = None,
+        num_x0_steps: int = 1,
+        jump_length: int | None = None,
+        jump_n_sample: int | None = None,
+        optimize_before_time_travel: bool = True,
+        eta: float | None = None,
+        loss_tolerance: float = 1e-5,
+        max_backtracks: int = 50,
+        paste_known: bool = True,
+        denoise_final: bool = True,
+        num_images_per_prompt: int = 1,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["CoPaintPipeline", int, int, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        preset: str = "copaint",
+        mode: str = "inpaint",
+        scale_factor: int = 4,
+        timesteps: list[int] | None = None,
+    ) -> CoPaintPipelineOutput | tuple:
+        r"""
+        Fills the white parts of the mask, or enlarges the image.
+
+        What a `preset` sets is shown below; an argument that is given wins over it.
+
+        | preset | steps | `num_optimization_steps` | `learning_rate`, decay | `jump_length`, `jump_n_sample` | `eta` |
+        |---|---|---|---|---|---|
+        | `"copaint"` | 250 | 2 | 0.02, 1.012 | 1, 1 | 0 |
+        | `"fast"` | 100 of those 250 | 1 | 0.02, 1.03 | 1, 1 | 0 |
+        | `"tt"` (time travel) | 250 | 2 | 0.02, 1.012 | 10, 2 | 0 |
+
+        `paste_known=False, denoise_final=False, loss_tolerance=0` is what the authors' code does.
+
+        Args:
+            image: One image or several, as PIL images, or arrays or tensors with values in [0, 1]; height and width
+                must be multiples of what the U-Net halves them by. For `mode="super_resolution"` the small image.
+            mask_image: White (1) is filled, black (0) is kept; one mask for all images or one each, of the images'
+                size or proportions. Left out for `mode="super_resolution"`.
+            num_inference_steps (`int`, *optional*, defaults to 250): Number of levels.
+            num_optimization_steps (`int`, *optional*, defaults to 2): `G`, gradient steps per level.
+            learning_rate (`float`, *optional*, defaults to 0.02): Step size of the first level, before scaling.
+            learning_rate_decay (`float`, *optional*, defaults to 1.012):
+                Factor of the step size from one level to the next (it grows); undone by each move back in time.
+            scale_learning_rate (`bool`, *optional*, defaults to `True`):
+                Whether step sizes are multiplied by `sqrt(abar_t / abar)` with the `abar` of the least noisy level.
+            adaptive_learning_rate (`bool`, *optional*, defaults to `True`): Whether steps that raise the loss are cut.
+            regularization (`float`, *optional*, defaults to 1e-4): `c`, weight of the distance to where a level began.
+            regularization_decay (`float`, *optional*, defaults to 1.01): Its factor from level to level.
+            num_x0_steps (`int`, *optional*, defaults to 1):
+                DDIM steps from a level to the estimate of the clean image; more cost as many passes each.
+            jump_length (`int`, *optional*, defaults to 1): See [`CoPaintScheduler.set_timesteps`].
+            jump_n_sample (`int`, *optional*, defaults to 1): Passes through each stretch; 1 for no time travel.
+            optimize_before_time_travel (`bool`, *optional*, defaults to `True`):
+                Whether the level is optimized where travel back begins.
+            eta (`float`, *optional*, defaults to 0.0): 0 for deterministic steps, 1 for ancestral ones.
+            loss_tolerance (`float`, *optional*, defaults to 1e-5):
+                Share by which a loss may rise and still be accepted: rounding in float32 would cost passes otherwise.
+            max_backtracks (`int`, *optional*, defaults to 50): Cuts per step; after them the image stays as it was.
+            paste_known (`bool`, *optional*, defaults to `True`): Whether the result has the known pixels exactly (or,
+                in super-resolution, the given means, before values are clipped to [0, 1]).
+            denoise_final (`bool`, *optional*, defaults to `True`):
+                Whether the least noisy level is replaced by the clean image that the model predicts from it.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Fills per image.
+            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*):
+                For a class-conditional U-Net: one label, or one per image.
+            latents (`torch.Tensor`, *optional*):
+                Noise to start from, shape `(images * num_images_per_prompt, channels, height, width)`.
+            generator (`torch.Generator` or a list of them, *optional*): One for all, or one per result, which then
+                depends on no other.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"` (the tensor in [-1, 1], not clipped).
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`CoPaintPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*):
+                `callback(pipe, step, timestep, callback_kwargs)` after every move, also back in time; it may return
+                `{"latents": ...}`.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                What of `"latents"` and `"pred_original_sample"` is in `callback_kwargs`.
+            preset (`str`, *optional*, defaults to `"copaint"`): `"copaint"`, `"fast"` or `"tt"`, see above.
+            mode (`str`, *optional*, defaults to `"inpaint"`): `"inpaint"` or `"super_resolution"`.
+            scale_factor (`int`, *optional*, defaults to 4): For super-resolution: how many times larger.
+            timesteps (`list[int]`, *optional*): The levels themselves, falling, in place of `num_inference_steps`.
+
+        Raises:
+            TypeError: For images and masks of a type that cannot be used.
+            ValueError: For arguments that do not fit each other or are out of range, before the model runs; for a
+                loss that is not finite, with the step and the step size.
+            RuntimeError: Within `torch.inference_mode`, where no gradient can be had.
+
+        Example:
+
+        ```py
+        >>> import torch
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> from diffusers_ext import CoPaintPipeline
+
+        >>> unet = UNet2DModel(
+        ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+        ...     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        ...     norm_num_groups=8,
+        ... )
+        >>> pipe = CoPaintPipeline(unet, DDPMScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+
+        >>> image, mask = torch.rand(2, 1, 8, 8), torch.zeros(8, 8)
+        >>> mask[:, 4:] = 1  # fill the right half
+        >>> images = pipe(image, mask, num_inference_steps=5, output_type="pt").images
+        >>> images.shape, torch.allclose(images[..., :4], image[..., :4])
+        (torch.Size([2, 1, 8, 8]), True)
+
+        ```
+        """
+        # 1. Check inputs
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "this pipeline differentiates, which `torch.inference_mode` rules out: call it without, it needs no "
+                "`torch.no_grad` either."
+            )
+        if preset not in PRESETS:
+            raise ValueError(f"`preset` is {preset!r}, but must be one of {sorted(PRESETS)}.")
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "num_optimization_steps": num_optimization_steps,
+            "learning_rate": learning_rate,
+            "learning_rate_decay": learning_rate_decay,
+            "regularization": regularization,
+            "regularization_decay": regularization_decay,
+            "jump_length": jump_length,
+            "jump_n_sample": jump_n_sample,
+            "eta": eta,
+        }
+        numbers = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+        limits = {
+            "num_optimization_steps": (1, None),
+            "learning_rate": (0, None),
+            "learning_rate_decay": (0, None),
+            "regularization": (0, None),
+            "regularization_decay": (0, None),
+            "eta": (0, 1),
+            "num_x0_steps": (1, None),
+            "loss_tolerance": (0, None),
+            "max_backtracks": (0, None),
+            "num_images_per_prompt": (1, None),
+            "scale_factor": (1, None),
+        }
+        checked = numbers | {
+            "num_x0_steps": num_x0_steps,
+            "loss_tolerance": loss_tolerance,
+            "max_backtracks": max_backtracks,
+            "num_images_per_prompt": num_images_per_prompt,
+            "scale_factor": scale_factor,
+        }
+        for name, (low, high) in limits.items():
+            if not (checked[name] >= low and (high is None or checked[name] <= high)) or math.isinf(checked[name]):
+                raise ValueError(
+                    f"`{name}` is {checked[name]}, but must be at least {low}"
+                    + ("." if high is None else f" and at most {high}.")
+                )
+        if mode not in ("inpaint", "super_resolution"):
+            raise ValueError(f"`mode` is {mode!r}, but must be 'inpaint' or 'super_resolution'.")
+        self._check_output(output_type, callback_on_step_end_tensor_inputs)
+
+        images = 2 * to_batch(image, self.unet.config.in_channels).to(self._execution_device, self._state_dtype) - 1
+        count, channels, height, width = images.shape
+        if mode == "inpaint":
+            if mask_image is None:
+                raise ValueError("`mask_image` is missing: give one whose white parts are to be filled.")
+            operator = MaskOperator(
+                prepare_keep_mask(mask_image, count, height, width)
+                .to(images)
+                .repeat_interleave(num_images_per_prompt, dim=0)
+            )
+            measurement = operator.forward(images.repeat_interleave(num_images_per_prompt, dim=0))
+        else:
+            if mask_image is not None:
+                raise ValueError("`mask_image` was given, but `mode` is 'super_resolution': leave it out.")
+            operator, measurement = (
+                AveragePoolOperator(scale_factor),
+                images.repeat_interleave(num_images_per_prompt, dim=0),
+            )
+            height, width = height * scale_factor, width * scale_factor
+        self._check_size(height, width)
+        batch_size = count * num_images_per_prompt
+        class_labels = self._prepare_class_labels(class_labels, count)
+        if class_labels is not None:
+            class_labels = class_labels.repeat_interleave(num_images_per_prompt)
+
+        jumps = {"jump_length": numbers["jump_length"], "jump_n_sample": numbers["jump_n_sample"]}
+        if timesteps is None and num_inference_steps is None and preset == "fast":
+            self.scheduler.set_timesteps(PRESETS["copaint"]["num_inference_steps"])
+            levels = [*self.scheduler.timesteps.tolist(), self.scheduler.trajectory[-1][1]][::-1]
+            stride = len(levels) / numbers["num_inference_steps"]
+            timesteps = [levels[round(k * stride)] for k in range(numbers["num_inference_steps"])][::-1]
+        if timesteps is not None:
+            if num_inference_steps is not None:
+                raise ValueError("`timesteps` and `num_inference_steps` were both given: give one of them.")
+            self.scheduler.set_timesteps(timesteps=timesteps, **jumps)
+        else:
+            self.scheduler.set_timesteps(numbers["num_inference_steps"], **jumps)
+        trajectory = self.scheduler.trajectory
+        levels = sorted({timestep for move in trajectory for timestep in move})
+        latents = self._prepare_latents(latents, (batch_size, channels, height, width), generator)
+
+        # 2. From noise to the least noisy level
+        rate, weight = numbers["learning_rate"], numbers["regularization"]
+        least = self.scheduler.alphas_cumprod[levels[0]].item()
+        came_down, pred_original_sample = False, torch.zeros_like(latents)
+        for step, (timestep, next_timestep) in enumerate(self.progress_bar(trajectory)):
+            goes_down = next_timestep < timestep
+            if goes_down or (came_down and optimize_before_time_travel):
+                place = levels.index(timestep)
+                path = []
+                if num_x0_steps > 1 and place > 0:
+                    stride = place // num_x0_steps
+                    path = [levels[p] for p in sorted({k * stride for k in range(num_x0_steps)} - {place})][::-1]
+                scale = math.sqrt(self.scheduler.alphas_cumprod[timestep].item() / least) if scale_learning_rate else 1
+                latents, model_output, pred_original_sample = self._optimize(
+                    latents,
+                    timestep,
+                    step,
+                    class_labels,
+                    operator,
+                    measurement,
+                    path,
+                    rate * scale,
+                    weight,
+                    numbers["num_optimization_steps"],
+                    adaptive_learning_rate,
+                    loss_tolerance,
+                    max_backtracks,
+                )
+            if goes_down:
+                latents = self.scheduler.step(
+                    model_output, timestep, latents, next_timestep, eta=numbers["eta"], generator=generator
+                ).prev_sample
+                rate, weight = rate * numbers["learning_rate_decay"], weight * numbers["regularization_decay"]
+            else:
+                latents = self.scheduler.undo_step(latents, timestep, next_timestep, generator=generator)
+                rate, weight = rate / numbers["learning_rate_decay"], weight / numbers["regularization_decay"]
+            came_down = goes_down
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
+                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+
+        # 3. The clean image
+        if denoise_final:
+            model_output, _ = self._predict(latents, levels[0], class_labels)
+            latents, _ = self.scheduler.predict(model_output, levels[0], latents)
+        if paste_known:
+            latents = latents - operator.pseudo_inverse(operator.forward(latents))
+            latents = latents + operator.pseudo_inverse(measurement)
+        images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return CoPaintPipelineOutput(images=images)
+
+
+def check_schedule(stock: SchedulerMixin, converted: SchedulerMixin) -> None:
+    r"""
+    Raises an error if a stock scheduler was converted to one of other noise levels.
+
+    Args:
+        stock ([`SchedulerMixin`]): The scheduler of a checkpoint.
+        converted ([`SchedulerMixin`]): What its configuration gave.
+
+    Raises:
+        ValueError: If `stock` has no `alphas_cumprod`, or others: a model that was trained on it would be misled.
+    """
+    levels = getattr(stock, "alphas_cumprod", None)
+    same_length = levels is not None and len(levels) == len(converted.alphas_cumprod)
+    if not same_length or (levels.double().cpu() - converted.alphas_cumprod).abs().max() > 1e-4:
+        raise ValueError(
+            f"`scheduler` is a {type(stock).__name__}, whose noise levels are not those of a DDPM with the betas in "
+            "its configuration: give the scheduler that the model was trained with, such as a `DDPMScheduler`."
+        )
+
+
+def check_unet(unet: ModelMixin) -> None:
+    r"""
+    Raises an error that names the reason if `unet` is not a network on images that is conditioned on timesteps.
+
+    Args:
+        unet ([`ModelMixin`]): The network in question, most often a [`UNet2DModel`].
+
+    Raises:
+        ValueError: If it needs a text condition, takes noise levels (`fourier` embeddings) or embeddings of classes,
+            or returns neither the noise nor noise and variance.
+    """
+    config = unet.config
+    if config.get("cross_attention_dim") is not None:
+        raise ValueError(
+            "`unet` has cross-attention to a text condition: this pipeline is for unconditional or class-conditional "
+            "models, such as google/ddpm-celebahq-256."
+        )
+    if config.get("time_embedding_type") == "fourier":
+        raise ValueError(
+            "`unet` has `time_embedding_type='fourier'`: it is conditioned on noise levels, not on timesteps. Take a "
+            "model of the variance-preserving kind with timesteps, such as google/ddpm-celebahq-256."
+        )
+    if config.get("class_embed_type") == "identity":
+        raise ValueError(
+            "`unet` has `class_embed_type='identity'`, which takes embeddings in place of class labels: take a model "
+            "with `num_class_embeds`, or without classes."
+        )
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"`unet` has {config.in_channels} input and {config.out_channels} output channels: it needs as many "
+            "outputs as inputs, or twice as many (noise and variance)."
+        )
