@@ -21,6 +21,7 @@ import torch.utils.checkpoint
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -35,20 +36,6 @@ except ImportError:
 
 
 # --------------------------------------------------------------------------------------------------------- scheduler
-
-
-@dataclass
-class CoPaintSchedulerOutput(BaseOutput):
-    """
-    Output of [`CoPaintScheduler.step`].
-
-    Args:
-        prev_sample (`torch.Tensor`): The sample at the next level, shape `(batch, channels, height, width)`.
-        pred_original_sample (`torch.Tensor`): The clean image as predicted from the current level, same shape.
-    """
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
 
 
 class CoPaintScheduler(SchedulerMixin, ConfigMixin):
@@ -295,7 +282,7 @@ class CoPaintScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> CoPaintSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""
         One DDIM step (equation 12 of https://huggingface.co/papers/2010.02502) to any less noisy level:
         `sqrt(abar_next) x_0 + sqrt(1 - abar_next - s^2) eps + s z`, with
@@ -309,7 +296,7 @@ class CoPaintScheduler(SchedulerMixin, ConfigMixin):
             eta (`float`, *optional*, defaults to 0.0): 0 is deterministic and draws nothing, 1 is ancestral.
             generator (`torch.Generator` or a list of them, *optional*): For `z`.
             variance_noise (`torch.Tensor`, *optional*): `z` itself, shape of `sample`.
-            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`CoPaintSchedulerOutput`].
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`DDIMSchedulerOutput`].
 
         Raises:
             ValueError: If `next_timestep` is not below `timestep`.
@@ -330,7 +317,7 @@ class CoPaintScheduler(SchedulerMixin, ConfigMixin):
             prev_sample = prev_sample + variance**0.5 * variance_noise
         if not return_dict:
             return prev_sample, pred_original_sample
-        return CoPaintSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
     def undo_step(
         self,
