@@ -18,10 +18,12 @@ import argparse
 import csv
 import ctypes
 import multiprocessing
+import os
 import re
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
@@ -99,12 +101,12 @@ def count_passes(pipe: CoPaintPipeline, call: Callable[[], object]) -> tuple[int
     return counts[False], counts[True]
 
 
-def peak_memory(size: str, name: str, args: argparse.Namespace, result: multiprocessing.SimpleQueue | None) -> float:
+def peak_memory(size: str, name: str, args: argparse.Namespace, result: SimpleQueue | None) -> float:
     """Peak of memory over that of the idle pipeline, in MiB."""
     pipe = build(size, args)
     workload = workloads(pipe, args)[name]
+    workload()  # what the libraries keep for themselves is there now
     if args.device == "cuda":
-        workload()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -150,6 +152,7 @@ def measure(size: str, args: argparse.Namespace) -> list[list[object]]:
             peaks[name] = peak_memory(size, name, args, None)
             torch.cuda.empty_cache()
         else:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, and is not counted
             context = multiprocessing.get_context("spawn")
             result = context.SimpleQueue()
             process = context.Process(target=peak_memory, args=(size, name, args, result))
@@ -157,8 +160,8 @@ def measure(size: str, args: argparse.Namespace) -> list[list[object]]:
             process.join()
             peaks[name] = result.get()
 
-    print(f"\n{size} x {size}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.steps} steps: {without} forward "
-          f"and {with_graph} forward-and-backward passes")  # fmt: skip
+    print(f"\n{size} x {size}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.steps} steps:")
+    print(f"{without} forward and {with_graph} forward-and-backward passes")
     for name, value in median.items():
         print(f"{name:22s} {1000 * value:10.2f} ms")
     print(f"{'sum of passes':22s} {1000 * total:10.2f} ms   whole / sum of passes = {median['call'] / total:.3f}")

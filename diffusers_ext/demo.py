@@ -1,7 +1,7 @@
 """`diffusers-ext demo`: from real data to a published PDAE that somebody else loads, with pictures and numbers.
 
-Five steps, each of which a user would do with one command: train a base model, train PDAE on it, load the result in a
-process that has only diffusers, measure it on held-out digits, draw it.
+Steps that a user would take with one command or call each: train a base model, train PDAE on it, load the result in a
+process that has only diffusers, measure it on held-out digits, draw it, fill holes in digits with the base model.
 """
 
 import argparse
@@ -16,7 +16,11 @@ from diffusers.utils.logging import set_verbosity_error
 
 from diffusers_ext.data import load_image_dataset
 from diffusers_ext.evaluation import cli as evaluation
+from diffusers_ext.evaluation.report import image_grid
+from diffusers_ext.pipelines.copaint import CoPaintPipeline
 from diffusers_ext.pipelines.pdae import PDAEPipeline
+from diffusers_ext.pipelines.repaint import RePaintDDPMPipeline
+from diffusers_ext.pipelines.replacement import ReplacementPipeline
 from diffusers_ext.training import train_pdae, train_unconditional
 
 # What somebody runs who has only diffusers. `None` in `sys.modules` makes the import fail, installed or not.
@@ -139,6 +143,28 @@ def run(args: argparse.Namespace) -> None:
                 [str(pdae), "--dataset_name", "digits", "--output_dir", str(folder), "--seed", str(args.seed), *limits]
             )
         )
+
+        # 4. Fill holes with the base model, which was never trained for it
+        print("Filling holes in two of the digits by four methods")
+        masks = torch.zeros(3, 1, 8, 8)
+        masks[0, :, :, 4:] = 1  # the right half
+        masks[1, :, 2:6, 2:6] = 1  # a box
+        masks[2, :, 1::2] = 1  # every second line
+        whole, masks = images[:2].repeat_interleave(3, dim=0), masks.repeat(2, 1, 1, 1)
+        rows = {"input": whole, "known": torch.where(masks > 0, 0.5, whole)}
+        steps = {"num_inference_steps": 50 if args.fast else 250}
+        methods = {
+            "replacement": (ReplacementPipeline, {}),
+            "RePaint": (RePaintDDPMPipeline, {}),
+            "CoPaint": (CoPaintPipeline, {}),
+            "CoPaint-TT": (CoPaintPipeline, {"preset": "tt"}),
+        }
+        for name, (pipeline, settings) in methods.items():
+            painter = pipeline.from_pretrained(base)
+            generator = torch.Generator().manual_seed(args.seed)
+            rows[name] = painter(whole, masks, generator=generator, output_type="pt", **steps, **settings).images
+        image_grid(rows).save(folder / "inpainting.png")
+        print(f"wrote\n  {folder / 'inpainting.png'}")
     finally:
         torch.set_num_threads(threads)
     print(f"\n{time.monotonic() - started:.0f} s. Pictures and numbers are in {folder}, the pipeline in {pdae}.")

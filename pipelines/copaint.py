@@ -562,6 +562,15 @@ PRESETS["fast"] = PRESETS["copaint"] | {
     "learning_rate_decay": 1.03,
 }
 PRESETS["tt"] = PRESETS["copaint"] | {"jump_length": 10, "jump_n_sample": 2}
+# Ours, tuned on posteriors that are known exactly: new noise lets later levels mend what earlier ones got wrong, as
+# time travel does, so that one larger gradient step on fewer levels is enough.
+PRESETS["swift"] = PRESETS["copaint"] | {
+    "num_inference_steps": 180,
+    "num_optimization_steps": 1,
+    "learning_rate": 0.04,
+    "learning_rate_decay": 1.0167,
+    "eta": 1.0,
+}
 
 
 class CoPaintPipeline(HubMixin, DiffusionPipeline):
@@ -810,8 +819,11 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         | `"copaint"` | 250 | 2 | 0.02, 1.012 | 1, 1 | 0 |
         | `"fast"` | 100 of those 250 | 1 | 0.02, 1.03 | 1, 1 | 0 |
         | `"tt"` (time travel) | 250 | 2 | 0.02, 1.012 | 10, 2 | 0 |
+        | `"swift"` (ours) | 180 | 1 | 0.04, 1.0167 | 1, 1 | 1 |
 
-        `paste_known=False, denoise_final=False, loss_tolerance=0` is what the authors' code does.
+        The first three are the authors'; `paste_known=False, denoise_final=False, loss_tolerance=0` does what their
+        code does. `"swift"` takes a fifth of the passes of `"tt"` and comes as near to posteriors of several modes
+        that are known exactly; before pasting it keeps less well to the known pixels.
 
         Args:
             image: One image or several, as PIL images, or arrays or tensors with values in [0, 1]; height and width
@@ -857,7 +869,8 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
                 `{"latents": ...}`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 What of `"latents"` and `"pred_original_sample"` is in `callback_kwargs`.
-            preset (`str`, *optional*, defaults to `"copaint"`): `"copaint"`, `"fast"` or `"tt"`, see above.
+            preset (`str`, *optional*, defaults to `"copaint"`):
+                `"copaint"`, `"fast"`, `"tt"` or `"swift"`, see above.
             mode (`str`, *optional*, defaults to `"inpaint"`): `"inpaint"` or `"super_resolution"`.
             scale_factor (`int`, *optional*, defaults to 4): For super-resolution: how many times larger.
             timesteps (`list[int]`, *optional*): The levels themselves, falling, in place of `num_inference_steps`.
