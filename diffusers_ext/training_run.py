@@ -295,7 +295,7 @@ class TrainingRun:
         self.metrics: dict[str, float] = {}
         self._totals: torch.Tensor | None = None
         self._stepped = False
-        self._stop = False
+        self._stop = self._ends = False  # this process was asked to end; one of them was
         self._seconds = 0.0
         self._repo_id: str | None = None
 
@@ -393,7 +393,10 @@ class TrainingRun:
             for model in self._copies.values():
                 model.to(accelerator.device)
         if args.gradient_checkpointing:
-            for model in models.values():
+            able = [m for m in models.values() if getattr(m, "_supports_gradient_checkpointing", False)]
+            if not able:
+                raise ValueError(f"`gradient_checkpointing` is set, but none of {list(models)} supports it.")
+            for model in able:
                 model.enable_gradient_checkpointing()
         if args.torch_compile:
             train_module.compile()
@@ -461,13 +464,15 @@ class TrainingRun:
         """Iterate over the batches of the rest of the run, with a progress bar of optimizer steps.
 
         The epochs follow each other without a seam: a batch, or an optimizer step, may hold the end of one and the
-        beginning of the next. SIGINT and SIGTERM end the run after the current optimizer step, with a checkpoint.
+        beginning of the next. Checkpoints are written where due once the body of the loop has ended a step. SIGINT
+        and SIGTERM end the run after the current optimizer step, with a checkpoint.
 
         Returns:
             `Iterator[dict]`: Batches of `train_batch_size` images on the accelerator's device.
 
         Raises:
             RuntimeError: The body of the loop did not call `optimize`.
+            KeyboardInterrupt: The run was asked to end (SIGINT, SIGTERM); a checkpoint has been written.
         """
         args, accelerator = self.args, self.accelerator
         batch_size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
@@ -519,6 +524,16 @@ class TrainingRun:
                 self._stepped = False
                 yield send_to_device(batch, accelerator.device, non_blocking=True)
                 self._seconds = seconds + time.monotonic() - started
+                # Here the step is over with all that the loop does in it, validation too: a checkpoint lacks nothing.
+                due = args.checkpointing_steps and (
+                    self.step % args.checkpointing_steps == 0 or self.step == self.max_train_steps
+                )
+                if self._stepped and (due or self._ends):
+                    self._save_checkpoint()
+                if self._ends and self.step < self.max_train_steps:
+                    raise KeyboardInterrupt(
+                        f"ended at step {self.step}, which is saved: go on with `--resume_from_checkpoint latest`"
+                    )
         finally:
             self._bar.close()
             for number, handler in previous_handlers.items():
@@ -564,7 +579,7 @@ class TrainingRun:
         num_train_timesteps: int = 1000,
         metrics: Mapping[str, torch.Tensor] | None = None,
     ) -> bool:
-        """Backward pass; at the end of an accumulation also clip, step, EMA, log and, where due, a checkpoint.
+        """Backward pass; at the end of an accumulation also clip, step, EMA and log.
 
         What is logged is the mean over the accumulation and over all processes, fetched once per optimizer step.
 
@@ -588,7 +603,6 @@ class TrainingRun:
             FloatingPointError: The loss or the gradient is not finite. The weights are those of the step before; the
                 message names the last checkpoint.
             ValueError: A trained parameter takes no part in the loss (several processes would wait for it forever).
-            KeyboardInterrupt: The run was asked to end (SIGINT, SIGTERM); a checkpoint has been written.
         """
         args, accelerator = self.args, self.accelerator
         accelerator.backward(loss)
@@ -655,14 +669,7 @@ class TrainingRun:
         self._bar.set_postfix(loss=f"{values['train_loss']:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
         self._bar.update(1)
 
-        # 4. Checkpoint
-        due = args.checkpointing_steps and self.step % args.checkpointing_steps == 0
-        if due or stop or (args.checkpointing_steps and self.step == self.max_train_steps):
-            self._save_checkpoint()
-        if stop and self.step < self.max_train_steps:
-            raise KeyboardInterrupt(
-                f"ended at step {self.step}, which is saved: go on with `--resume_from_checkpoint latest`"
-            )
+        self._ends = bool(stop)
         return True
 
     @property
@@ -758,17 +765,6 @@ class TrainingRun:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            repo_id = self._repo_id or self.output_dir.resolve().name
-            if isinstance(pipeline, HubMixin):
-                push, token = self.args.push_to_hub, self.args.hub_token
-                pipeline.save_pretrained(self.output_dir, card=card, push_to_hub=push, repo_id=repo_id, token=token)
-            else:
-                readme = self.output_dir / "README.md"
-                with replacing(self.output_dir) as folder:
-                    pipeline.save_pretrained(folder)
-                    if readme.exists():  # one written by hand is kept
-                        shutil.copy2(readme, folder)
-                    HubMixin.save_model_card.__func__(type(pipeline), folder, repo_id, card)
             numbers = {
                 "metrics": self.metrics,
                 "steps": self.step,
@@ -779,12 +775,26 @@ class TrainingRun:
                 "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
             }
             self._write("training_metrics.json", json.dumps(numbers, indent=2).encode())
+            repo_id = self._repo_id or self.output_dir.resolve().name
+            # What goes to the Hub is named: other files may lie in the folder that are nobody's business.
+            published = ["training_metrics.json", "training_arguments.json", "samples/*.png"]
+            if isinstance(pipeline, HubMixin):
+                push, token = self.args.push_to_hub, self.args.hub_token
+                pipeline.save_pretrained(self.output_dir, card=card, push_to_hub=push, repo_id=repo_id, token=token)
+            else:
+                readme = self.output_dir / "README.md"
+                with replacing(self.output_dir) as folder:
+                    pipeline.save_pretrained(folder)
+                    if readme.exists():  # one written by hand is kept
+                        shutil.copy2(readme, folder)
+                    HubMixin.save_model_card.__func__(type(pipeline), folder, repo_id, card)
+                    published += [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             if self.args.push_to_hub:
                 HfApi(token=self.args.hub_token).upload_folder(
                     repo_id=self._repo_id,
                     folder_path=self.output_dir,
                     commit_message=f"Training, step {self.step}",
-                    ignore_patterns=["checkpoint-*", f"{self.args.logging_dir}/*", ".*"],
+                    allow_patterns=published,
                 )
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -806,8 +816,13 @@ class TrainingRun:
         path = present[-1] if wanted == "latest" and present else Path(wanted)
         if not path.is_dir() and (self.output_dir / wanted).is_dir():
             path = self.output_dir / wanted
+        if not path.is_dir() and (wanted != "latest" or present):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {wanted!r}, but there is no such checkpoint; `output_dir` holds "
+                f"{', '.join(other.name for other in present) or 'none'}."
+            )
         if not path.is_dir():
-            logger.warning("`resume_from_checkpoint` is %r, but there is no such checkpoint: starting anew.", wanted)
+            logger.warning("`resume_from_checkpoint` is 'latest', but there is no checkpoint yet: starting anew.")
             return None
         return path
 

@@ -1,12 +1,16 @@
 """training/train_pdae.py: the loss, what is trained and what stays frozen, exact resume, the published folder."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -137,11 +141,59 @@ def test_class_conditional_and_learned_variance(arguments, tmp_path):
     assert pipe.encode(torch.rand(1, 1, 8, 8)).shape == (1, 4)
 
 
-def test_bfloat16(arguments, tmp_path):
+def test_bfloat16(arguments, tiny_ddpm_folder, tmp_path):
     main(arguments(mixed_precision="bf16", validation_steps=4))
     pipe = PDAEPipeline.from_pretrained(tmp_path / "pdae")
     assert pipe.unet.dtype == pipe.encoder.dtype == torch.float32
+    base = load_file(tiny_ddpm_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items()), "the base was rounded"
     assert all(value.isfinite().all() for value in weights(tmp_path / "pdae").values())
+
+
+def test_gradient_checkpointing_changes_nothing(arguments, tmp_path):
+    main(arguments())
+    main(arguments("checkpointed", gradient_checkpointing=True))
+    for name, value in weights(tmp_path / "pdae").items():
+        torch.testing.assert_close(weights(tmp_path / "checkpointed")[name], value)
+
+
+def test_killed_while_it_validates(arguments, monkeypatch, tmp_path):
+    """The checkpoint of a step is written after its validation: resumed, the run has all of its numbers."""
+    settings = {"checkpointing_steps": 2, "validation_steps": 4}
+    main(arguments("whole", **settings))
+    with monkeypatch.context() as patched:
+        patched.setattr(train_pdae, "validate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments(**settings))
+    main(arguments(**settings, resume_from_checkpoint="latest"))
+    metrics = [json.loads((tmp_path / n / "training_metrics.json").read_text())["metrics"] for n in ("whole", "pdae")]
+    assert metrics[0] == metrics[1] and {"loss_ratio", "validation_mse"} <= metrics[1].keys()
+    main(arguments(**settings, resume_from_checkpoint="latest"))  # nothing is left to do
+    assert json.loads((tmp_path / "pdae" / "training_metrics.json").read_text())["metrics"] == metrics[0]
+
+
+@pytest.mark.parametrize("script", ["train_pdae", "train_unconditional"])
+def test_push_publishes_what_the_run_wrote(script, tiny_ddpm_folder, tmp_path):
+    """Other files in the output folder are nobody's business."""
+    folder = tmp_path / "run"
+    for name in ("private_notes.txt", "private_photos/me.jpg", "sub/.env", ".env"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("secret")
+    command = f"""--pretrained_model_name_or_path {tiny_ddpm_folder} --dataset_name digits --max_train_samples 20
+        --train_batch_size 4 --max_train_steps 1 --learning_rate 1e-3 --validation_steps 1 --num_validation_images 2
+        --checkpointing_steps 1 --output_dir {folder} --push_to_hub --hub_model_id alice/run""".split()
+    command += ["--latent_dim", "4"] if script == "train_pdae" else ["--ddpm_num_inference_steps", "2"]
+    with HubServer() as hub:
+        environment = os.environ | hub.env(tmp_path / "home", hub.token("alice"))
+        command = [sys.executable, "-m", f"diffusers_ext.training.{script}", *command]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = set(hub.files("alice/run"))
+    assert {"model_index.json", "README.md", "training_metrics.json", "unet/config.json"} <= files
+    assert any(name.startswith("samples/") for name in files)
+    assert not [
+        name for name in files if "private" in name or ".env" in name or "checkpoint" in name or "logs" in name
+    ]
 
 
 def test_colour_photographs(arguments, tmp_path):

@@ -295,8 +295,23 @@ def test_limit_keeps_the_newest(tmp_path):
 def test_missing_checkpoint_starts_anew_with_a_warning(whole, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "diffusers_ext.training_run"):
         run = train(arguments(tmp_path, resume_from_checkpoint="latest"))
-    assert "no such checkpoint: starting anew" in caplog.text
+    assert "there is no checkpoint yet: starting anew" in caplog.text
     assert_same(state(run), whole.final)
+
+
+def test_a_named_checkpoint_that_is_not_there_is_refused(tmp_path):
+    train(arguments(tmp_path, max_train_steps=2, checkpointing_steps=2))
+    for wanted in ("checkpoint-20", str(tmp_path / "nowhere")):
+        with pytest.raises(ValueError, match="`resume_from_checkpoint` is .*no such checkpoint.*checkpoint-2"):
+            train(arguments(tmp_path, resume_from_checkpoint=wanted, checkpoints_total_limit=1))
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_gradient_checkpointing_needs_a_model_that_can(tmp_path):
+    with pytest.raises(ValueError, match="`gradient_checkpointing` is set, but none of"):
+        TrainingRun(arguments(tmp_path, gradient_checkpointing=True)).prepare(
+            {"part": Part()}, load_image_dataset("digits")
+        )
 
 
 def test_existing_checkpoints_are_not_overwritten(whole, tmp_path):

@@ -22,6 +22,7 @@ The number to watch is `loss_ratio`, the weighted loss with the learned shift ov
 kind: on images that the base model does not know, training is unstable; fine-tune the base on them first.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,9 +178,8 @@ def main(args: PDAEArguments) -> None:
         train_module=PDAETrainModule(encoder, gradient_estimator),
     )
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision, torch.float32)
-    unet.to(run.accelerator.device)
-    if dtype != torch.float32:
-        unet.to(dtype)
+    # Training may round the frozen weights; what is published must not.
+    frozen = (unet if dtype == torch.float32 else copy.deepcopy(unet).to(dtype)).to(run.accelerator.device)
     validation_images, validation_labels = held_out(validation_dataset, args.num_validation_images)
     class_conditional = unet.class_embedding is not None
 
@@ -191,9 +191,9 @@ def main(args: PDAEArguments) -> None:
             noisy_images = scheduler.add_noise(images, noise, timesteps)
             with torch.no_grad():  # one pass through the frozen U-Net serves its own output and the estimator
                 features = unet_down(
-                    unet, noisy_images.to(dtype), timesteps, batch["labels"] if class_conditional else None
+                    frozen, noisy_images.to(dtype), timesteps, batch["labels"] if class_conditional else None
                 )
-                model_output = unet_up(unet, *features)
+                model_output = unet_up(frozen, *features)
             gradient = run.model(images, *features)
 
             # lambda_t || eps - (eps_theta(x_t, t) + c_t G(x_t, E(x_0), t)) ||^2, the paper's objective
@@ -212,15 +212,13 @@ def main(args: PDAEArguments) -> None:
         if stepped:
             run.log({"loss_ratio": run.metrics["train_loss"] / run.metrics["base_loss"]})
         if run.validate_now:
-            pipeline = PDAEPipeline(unet, **run.trained(), scheduler=scheduler)
+            pipeline = PDAEPipeline(frozen, **run.trained(), scheduler=scheduler)
             if run.accelerator.is_main_process:
                 labels = validation_labels if class_conditional else None
                 pictures = validate(run, pipeline, validation_images, labels)
                 run.log_images("reconstructions", pictures, columns=len(validation_images))
 
     # 3. Publish
-    if dtype != torch.float32:
-        unet.to(torch.float32)
     pipeline = PDAEPipeline(unet, **run.trained(), scheduler=scheduler)
     names = {"validation_mse": "MSE from random noise", "validation_base_mse": "MSE of the base model, same noise"}
     run.finish(
