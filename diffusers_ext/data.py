@@ -513,7 +513,7 @@ def _read_image_folder(
 
         rows: dict[str, dict[str, Any]] = {}
         if metadata.is_file():
-            for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
+            for number, line in enumerate(metadata.read_text(encoding="utf-8-sig").split("\n"), start=1):
                 if not line.strip():
                     continue
                 try:

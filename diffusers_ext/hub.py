@@ -147,7 +147,10 @@ class HubMixin:
             _recover(pretrained_model_name_or_path)
             with _locked(Path(pretrained_model_name_or_path), shared=True):
                 if not _interrupted(Path(pretrained_model_name_or_path)):
-                    return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+                    pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+                    # A relative folder looks like a repo's id where it is saved later.
+                    pipeline.register_to_config(_name_or_path=os.path.abspath(pretrained_model_name_or_path))
+                    return pipeline
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

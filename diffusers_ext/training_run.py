@@ -20,7 +20,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -299,12 +299,16 @@ class TrainingRun:
         self._seconds = 0.0
         self._repo_id: str | None = None
 
-    def load_dataset(self, split: Literal["train", "validation"] = "train") -> ImageDataset:
+    def load_dataset(
+        self, split: Literal["train", "validation"] = "train", columns: Collection[str] = ("labels", "captions")
+    ) -> ImageDataset:
         """Load the images that the arguments name; the held-out ones are neither cropped nor flipped at random.
 
         Args:
             split (`str`, *optional*, defaults to `"train"`):
                 `"train"` or `"validation"`.
+            columns (`list[str]`, *optional*, defaults to `("labels", "captions")`):
+                What is used beside the images: what is wrong in other columns does not matter.
 
         Returns:
             [`data.ImageDataset`]: Items with `images`, and `labels` and `captions` where there are any.
@@ -323,8 +327,8 @@ class TrainingRun:
                 seed=args.seed,
                 max_samples=args.max_train_samples if train else None,
                 image_column=args.image_column,
-                label_column=args.label_column,
-                caption_column=args.caption_column,
+                label_column=args.label_column if "labels" in columns else None,
+                caption_column=args.caption_column if "captions" in columns else None,
                 dataset_config_name=args.dataset_config_name,
                 cache_dir=args.cache_dir,
             )
@@ -529,7 +533,16 @@ class TrainingRun:
                     self.step % args.checkpointing_steps == 0 or self.step == self.max_train_steps
                 )
                 if self._stepped and (due or self._ends):
-                    self._save_checkpoint()
+                    try:
+                        self._save_checkpoint()
+                    except (OSError, RuntimeError) as error:  # torch gives the second for a full disk
+                        shutil.rmtree(self.output_dir / f".checkpoint-{self.step}.tmp", ignore_errors=True)
+                        space, last = shutil.disk_usage(self.output_dir).free / 2**20, self._checkpoints()
+                        raise OSError(
+                            f"the checkpoint of step {self.step} could not be written to `{self.output_dir}`, where "
+                            f"{space:.1f} MiB are free ({error}). Make room and go on with "
+                            f"`--resume_from_checkpoint {last[-1].name if last else 'latest'}`."
+                        ) from error
                 if self._ends and self.step < self.max_train_steps:
                     raise KeyboardInterrupt(
                         f"ended at step {self.step}, which is saved: go on with `--resume_from_checkpoint latest`"

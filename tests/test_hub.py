@@ -90,6 +90,17 @@ def test_index_names_no_path_of_this_machine(toy: ToyPipeline, tmp_path: Path) -
     assert str(tmp_path) not in (tmp_path / "b" / "README.md").read_text()
 
 
+def test_a_local_folder_is_no_base_model(toy: ToyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`you/model` may be a folder where it was loaded, and nothing where it is saved."""
+    monkeypatch.chdir(tmp_path)
+    toy.save_pretrained("you/model")
+    loaded = ToyPipeline.from_pretrained("you/model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded.save_pretrained("again", card={})
+    assert "you/model" not in (tmp_path / "elsewhere" / "again" / "README.md").read_text()
+
+
 def test_variant_is_added(toy: ToyPipeline, tmp_path: Path) -> None:
     toy.save_pretrained(tmp_path)
     make_toy(seed=1).to(torch.float16).save_pretrained(tmp_path, variant="fp16")

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext import PDAEPipeline, PDAEScheduler
@@ -148,6 +149,45 @@ def test_bfloat16(arguments, tiny_ddpm_folder, tmp_path):
     base = load_file(tiny_ddpm_folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items()), "the base was rounded"
     assert all(value.isfinite().all() for value in weights(tmp_path / "pdae").values())
+
+
+@pytest.fixture
+def conditional_folder(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=5,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "conditional")
+    return str(tmp_path / "conditional")
+
+
+def test_what_does_not_fit_is_refused_before_training(arguments, conditional_folder, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.new("L", (8, 8), 40 * i).save(tmp_path / "pictures" / f"{i}.png")
+    pictures = {"dataset_name": None, "train_data_dir": str(tmp_path / "pictures"), "resolution": 8}
+    for changes, message in (
+        ({"image_mode": "RGB"}, "`image_mode` 'RGB' gives 3 channels, but the U-Net .* has 1"),
+        ({"pretrained_model_name_or_path": conditional_folder}, "class-conditional .5 classes.*from 0 to 9"),
+        ({"pretrained_model_name_or_path": conditional_folder, **pictures}, "class-conditional.*missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(arguments(**changes))
+    for widths in ("2,2", "0,16", "8,x"):
+        with pytest.raises(ValueError, match="`encoder_block_out_channels` is .*at least 4"):
+            arguments(encoder_block_out_channels=widths)
+
+
+def test_nothing_has_to_be_held_out(arguments, tmp_path):
+    main(arguments(validation_fraction=0, max_train_steps=1))
+    assert (tmp_path / "pdae" / "model_index.json").is_file()
+
+
+def test_a_short_noise_schedule(arguments, tiny_ddpm, tmp_path):
+    DDPMPipeline(tiny_ddpm.unet, DDPMScheduler(num_train_timesteps=20)).save_pretrained(tmp_path / "short")
+    main(arguments(pretrained_model_name_or_path=str(tmp_path / "short"), validation_steps=1, max_train_steps=1))
+    card = ModelCard.load(tmp_path / "pdae" / "README.md")
+    assert "![samples](reconstructions-000001.png)" in card.text and card.data.base_model is None
 
 
 def test_gradient_checkpointing_changes_nothing(arguments, tmp_path):

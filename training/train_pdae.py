@@ -24,6 +24,7 @@ kind: on images that the base model does not know, training is unstable; fine-tu
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -75,9 +76,11 @@ class PDAEArguments(TrainingArguments):
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"`gamma` is {self.gamma}, but must be in [0, 1].")
         channels = self.encoder_block_out_channels
-        if channels is not None and not all(number.strip().isdecimal() for number in channels.split(",")):
+        widths = [] if channels is None else [number.strip() for number in channels.split(",")]
+        if not all(width.isdecimal() and int(width) >= 4 for width in widths):
             raise ValueError(
-                f"`encoder_block_out_channels` is {channels!r}, but must be numbers with commas: `64,128,256`."
+                f"`encoder_block_out_channels` is {channels!r}, but must be numbers of at least 4 with commas: "
+                "`64,128,256`."
             )
 
 
@@ -133,9 +136,10 @@ def validate(
     gap = pipeline.posterior_gap(images, timesteps, class_labels=class_labels, generator=generator)
     run.log({f"validation_gap_ratio_t{t}": (s / b).item() for t, b, s in zip(*gap.values(), strict=True)})
     # 2. What the code alone gives back, from random noise, beside what the pretrained model gives from that noise
-    output = pipeline(images, class_labels=class_labels, generator=generator, output_type="pt")
+    decoding = {"num_inference_steps": min(50, steps), "class_labels": class_labels, "output_type": "pt"}
+    output = pipeline(images, generator=generator, **decoding)
     noise, codes = output.inverted_noise, output.latent_code
-    base = pipeline.decode(codes, noise, shift_scale=0, class_labels=class_labels, output_type="pt").images
+    base = pipeline.decode(codes, noise, shift_scale=0, **decoding).images
     target = images.to(output.images.device)
     errors = {"mse": output.images, "base_mse": base}
     run.log({f"validation_{name}": (i - target).square().mean().item() for name, i in errors.items()})
@@ -168,7 +172,28 @@ def main(args: PDAEArguments) -> None:
         args.resolution = unet.config.sample_size
     if args.image_mode is None:
         args.image_mode = "L" if unet.config.in_channels == 1 else "RGB"
-    dataset, validation_dataset = run.load_dataset("train"), run.load_dataset("validation")
+    class_conditional = unet.class_embedding is not None
+    columns = ["labels"] if class_conditional else []
+    dataset = run.load_dataset("train", columns)
+    channels = 1 if dataset.image_mode == "L" else 3
+    if unet.config.in_channels != channels:
+        raise ValueError(
+            f"`image_mode` {dataset.image_mode!r} gives {channels} channels, but the U-Net of "
+            f"`pretrained_model_name_or_path` has {unet.config.in_channels}: leave `image_mode` out."
+        )
+    validation_images = validation_labels = None
+    if args.validation_steps:
+        held_out_dataset = run.load_dataset("validation", columns)
+        validation_images, validation_labels = held_out(held_out_dataset, args.num_validation_images)
+    if class_conditional:
+        classes = unet.config.num_class_embeds
+        labels = dataset.labels
+        if labels is None or (classes is not None and not 0 <= min(labels) <= max(labels) < classes):
+            raise ValueError(
+                f"the U-Net of `pretrained_model_name_or_path` is class-conditional ({classes} classes), but the "
+                f"labels of the images are {'missing' if labels is None else f'from {min(labels)} to {max(labels)}'}: "
+                "name another `label_column`, or take an unconditional model."
+            )
     encoder = make_encoder(args, dataset.resolution, unet.config.in_channels)
     gradient_estimator = PDAEGradientEstimator.from_unet(unet, latent_dim=args.latent_dim)
     PDAEPipeline(unet, encoder, gradient_estimator, scheduler)  # refuses parts that do not fit, before training
@@ -180,8 +205,6 @@ def main(args: PDAEArguments) -> None:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision, torch.float32)
     # Training may round the frozen weights; what is published must not.
     frozen = (unet if dtype == torch.float32 else copy.deepcopy(unet).to(dtype)).to(run.accelerator.device)
-    validation_images, validation_labels = held_out(validation_dataset, args.num_validation_images)
-    class_conditional = unet.class_embedding is not None
 
     # 2. Train
     for batch in run.batches():
@@ -221,10 +244,14 @@ def main(args: PDAEArguments) -> None:
     # 3. Publish
     pipeline = PDAEPipeline(unet, **run.trained(), scheduler=scheduler)
     names = {"validation_mse": "MSE from random noise", "validation_base_mse": "MSE of the base model, same noise"}
+    samples = run.output_dir / f"samples/reconstructions-{run.step:06d}.png"
+    base_is_local = Path(args.pretrained_model_name_or_path).is_dir()
     run.finish(
         pipeline,
         card={
             "datasets": [args.dataset_name] if args.dataset_name else None,
+            "base_model": None if base_is_local else args.pretrained_model_name_or_path,
+            "samples": samples if samples.is_file() else None,
             "metrics": [
                 {
                     "dataset_name": args.dataset_name or "images",

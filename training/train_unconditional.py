@@ -22,6 +22,7 @@ Fine-tune with `--pretrained_model_name_or_path google/ddpm-celebahq-256`. From 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -150,11 +151,11 @@ def main(args: UnconditionalArguments) -> None:
     """
     # 1. Seeds, data, model, noise schedule
     run = TrainingRun(args)
-    dataset = run.load_dataset("train")
+    dataset = run.load_dataset("train", [])
     resolution, channels = dataset.resolution, 1 if dataset.image_mode == "L" else 3
     validation_images = None
     if args.validation_steps and args.validation_fraction != 0:
-        validation = run.load_dataset("validation")
+        validation = run.load_dataset("validation", [])
         validation_images = torch.stack([validation[i]["images"] for i in range(min(256, len(validation)))])
 
     schedule = {
@@ -225,11 +226,13 @@ def main(args: UnconditionalArguments) -> None:
                 run.log_images("samples", samples)
 
     # 3. Save and publish
+    base = args.pretrained_model_name_or_path
     metrics, samples = run.metrics, run.output_dir / f"samples/samples-{run.step:06d}.png"
     run.finish(
         DDPMPipeline(**run.trained(), scheduler=scheduler),
         card={
             "datasets": [args.dataset_name] if args.dataset_name else None,
+            "base_model": None if base is None or Path(base).is_dir() else base,
             "samples": samples if samples.is_file() else None,
             "metrics": [
                 {
