@@ -11,6 +11,7 @@ rounding of sums. What a model draws itself (dropout) is exact on resume, but de
 
 import copy
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -20,7 +21,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -61,6 +62,15 @@ _FREE_ARGUMENTS = {
     "validation_steps", "num_validation_images", "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_token", "hub_private_repo",
 }  # fmt: skip
+
+
+def _digest(parts: Iterable[bytes]) -> str | None:
+    """Hash of all parts together; `None` for no parts."""
+    digest, empty = hashlib.sha256(), True
+    for part in parts:
+        digest.update(part)
+        empty = False
+    return None if empty else digest.hexdigest()[:16]
 
 
 def argument(default: Any, help: str) -> Any:
@@ -334,7 +344,12 @@ class TrainingRun:
             )
 
     def prepare(
-        self, models: Mapping[str, torch.nn.Module], dataset: Dataset, *, train_module: torch.nn.Module | None = None
+        self,
+        models: Mapping[str, torch.nn.Module],
+        dataset: Dataset,
+        *,
+        train_module: torch.nn.Module | None = None,
+        frozen: torch.nn.Module | None = None,
     ) -> None:
         """Take over the models: device, wrapping, optimizer, learning-rate schedule, EMA, trackers, resume.
 
@@ -348,6 +363,8 @@ class TrainingRun:
             train_module (`torch.nn.Module`, *optional*):
                 A module whose `forward` computes everything that is differentiated and that contains all of `models`;
                 needed for more than one model, because DDP and FSDP wrap exactly one module.
+            frozen (`torch.nn.Module`, *optional*):
+                A model that the trained ones stand on: a run is not resumed on another one.
 
         Raises:
             TypeError: A model cannot be saved, or the data set has no length.
@@ -443,10 +460,22 @@ class TrainingRun:
 
         # 6. Resume. Checkpoints hold the weights as components; accelerate's own copy of the module is left out.
         arguments = {name: value for name, value in dataclasses.asdict(args).items() if name != "hub_token"}
+        pictures = getattr(dataset, "pictures", None)
         self._state = {
             "arguments": {name: value for name, value in arguments.items() if name not in _FREE_ARGUMENTS},
             "global_batch_size": self.global_batch_size,
             "num_images": len(dataset),
+            "image_files": _digest(
+                f"{picture.name} {picture.stat().st_size}".encode()
+                for picture in (
+                    pictures if isinstance(pictures, list) else ()
+                )  # others are made or fetched one by one
+                if isinstance(picture, Path)
+            ),
+            "frozen_weights": _digest(
+                value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+                for value in (frozen.state_dict().values() if frozen is not None else ())
+            ),
         }
         accelerator.register_save_state_pre_hook(lambda _models, weights, _folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
@@ -888,15 +917,26 @@ class TrainingRun:
             for name, value in json.loads(json.dumps(self._state["arguments"], default=str)).items()
             if name in state["arguments"] and state["arguments"][name] != value
         ]
+        compared = {
+            "global_batch_size": "images per optimizer step",
+            "num_images": "training images",
+            "image_files": "names and sizes of the image files, as a hash,",
+            "frozen_weights": "weights of the frozen model, as a hash,",
+        }
         changed += [
             f"{what} {state[name]} -> {self._state[name]}"
-            for name, what in (("global_batch_size", "images per optimizer step"), ("num_images", "training images"))
-            if state[name] != self._state[name]
+            for name, what in compared.items()
+            if state.get(name) != self._state[name]
         ]
         if changed:
             raise ValueError(
                 f"`{path}` is of another run ({'; '.join(changed)}): resume with the same arguments, or start a new "
                 "run with `--pretrained_model_name_or_path` and another `output_dir`."
+            )
+        if state["step"] > self.max_train_steps:
+            raise ValueError(
+                f"`max_train_steps` is {self.max_train_steps}, but `{path}` is at step {state['step']}: choose more "
+                "steps, or an earlier checkpoint."
             )
         # 2. Weights, averaged ones first: both go through the trained module, which may be sharded.
         options = StateDictOptions(full_state_dict=True, strict=False)

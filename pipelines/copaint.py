@@ -177,10 +177,10 @@ class CoPaintScheduler(SchedulerMixin, ConfigMixin):
                 f"`num_inference_steps` is {num_inference_steps} and `timesteps` is {timesteps}: give one of the two."
             )
         if timesteps is None:
-            if not 2 <= num_inference_steps <= limit:
+            if not isinstance(num_inference_steps, int) or not 2 <= num_inference_steps <= limit:
                 raise ValueError(
                     f"`num_inference_steps` is {num_inference_steps}, but the schedule has {limit} timesteps: choose "
-                    f"a number from 2 to {limit}."
+                    f"a whole number from 2 to {limit}."
                 )
             stride = (limit - 1) / (num_inference_steps - 1)
             places = itertools.accumulate(itertools.repeat(stride, num_inference_steps - 1), initial=0.0)
@@ -714,7 +714,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
                         output, _ = self._predict(state, level, class_labels)
                         return self.scheduler.step(output, level, state, next_level).prev_sample
 
-                    if with_graph:  # one pass's activations at a time
+                    if with_graph:  # of these passes, one's activations at a time
                         state = torch.utils.checkpoint.checkpoint(move, state, use_reentrant=False)
                     else:
                         state = move(state)
@@ -924,18 +924,19 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
             "eta": eta,
         }
         numbers = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+        # name -> type, least and largest value
         limits = {
-            "num_optimization_steps": (1, None),
-            "learning_rate": (0, None),
-            "learning_rate_decay": (0, None),
-            "regularization": (0, None),
-            "regularization_decay": (0, None),
-            "eta": (0, 1),
-            "num_x0_steps": (1, None),
-            "loss_tolerance": (0, None),
-            "max_backtracks": (0, None),
-            "num_images_per_prompt": (1, None),
-            "scale_factor": (1, None),
+            "num_optimization_steps": (int, 1, math.inf),
+            "learning_rate": (float, 0, math.inf),
+            "learning_rate_decay": (float, 1e-6, math.inf),  # divided by on the way back in time
+            "regularization": (float, 0, math.inf),
+            "regularization_decay": (float, 1e-6, math.inf),
+            "eta": (float, 0, 1),
+            "num_x0_steps": (int, 1, math.inf),
+            "loss_tolerance": (float, 0, math.inf),
+            "max_backtracks": (int, 0, math.inf),
+            "num_images_per_prompt": (int, 1, math.inf),
+            "scale_factor": (int, 1, math.inf),
         }
         checked = numbers | {
             "num_x0_steps": num_x0_steps,
@@ -944,12 +945,13 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
             "num_images_per_prompt": num_images_per_prompt,
             "scale_factor": scale_factor,
         }
-        for name, (low, high) in limits.items():
-            if not (checked[name] >= low and (high is None or checked[name] <= high)) or math.isinf(checked[name]):
-                raise ValueError(
-                    f"`{name}` is {checked[name]}, but must be at least {low}"
-                    + ("." if high is None else f" and at most {high}.")
-                )
+        for name, (kind, low, high) in limits.items():
+            value = checked[name]
+            if not isinstance(value, (int, float) if kind is float else int):
+                raise TypeError(f"`{name}` is {value!r}, but must be {'a number' if kind is float else 'an `int`'}.")
+            if not low <= value <= high or value == math.inf:
+                limit = "." if high == math.inf else f" and at most {high}."
+                raise ValueError(f"`{name}` is {value}, but must be finite, at least {low}{limit}")
         if mode not in ("inpaint", "super_resolution"):
             raise ValueError(f"`mode` is {mode!r}, but must be 'inpaint' or 'super_resolution'.")
         self._check_output(output_type, callback_on_step_end_tensor_inputs)

@@ -173,10 +173,10 @@ class ReplacementScheduler(SchedulerMixin, ConfigMixin):
                 f"`num_inference_steps` is {num_inference_steps} and `timesteps` is {timesteps}: give one of the two."
             )
         if timesteps is None:
-            if not 2 <= num_inference_steps <= limit:
+            if not isinstance(num_inference_steps, int) or not 2 <= num_inference_steps <= limit:
                 raise ValueError(
                     f"`num_inference_steps` is {num_inference_steps}, but the schedule has {limit} timesteps: choose "
-                    f"a number from 2 to {limit}."
+                    f"a whole number from 2 to {limit}."
                 )
             stride = (limit - 1) / (num_inference_steps - 1)
             places = itertools.accumulate(itertools.repeat(stride, num_inference_steps - 1), initial=0.0)

@@ -3,6 +3,10 @@
 import doctest
 import itertools
 import math
+import os
+import subprocess
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +15,14 @@ from contract import PipelineContract, no_model_runs
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from inpainting_goldens import MixtureUNet, load
 from PIL import Image
+from reader_env import make_reader
 
+import diffusers_ext
 from diffusers_ext import CoPaintPipeline, CoPaintScheduler
 from diffusers_ext.pipelines import copaint
 from diffusers_ext.pipelines.copaint import PRESETS, AveragePoolOperator, MaskOperator, prepare_keep_mask, to_batch
 
+FILES = Path(__file__).parents[1] / "pipelines"
 RUNS = [
     "copaint_eta0_10",
     "copaint_fast_20_8",
@@ -58,97 +65,194 @@ def settings(recording):
     return arguments | {"image": small / 2 + 0.5, "mode": "super_resolution", "scale_factor": config["scale"]}
 
 
-def replay(recording, unet, monkeypatch, **changes):
-    """Run with the recorded draws; returns the output and the sample after every move."""
-    draws = iter(
-        torch.from_numpy(noise).to(unet.dtype)
-        for noise, kind in zip(recording["ev_noise"], recording["ev_kind"], strict=True)
-        if kind == 1
-    )
-    monkeypatch.setattr(copaint, "randn_tensor", lambda *args, **kwargs: next(draws))
-    samples = []
-    pipe = quiet(CoPaintPipeline(unet, CoPaintScheduler()))
+def replay(given, unet, draws, monkeypatch):
+    """Run with these draws; returns the output, and after every move the sample and the network's passes in it."""
+    draws, samples, passes = iter(draws), [], [0]
+
+    def callback(pipe, step, timestep, tensors):
+        samples.append(tensors["latents"].clone())
+        passes.append(len(unet.calls))
+
+    monkeypatch.setattr(copaint, "randn_tensor", lambda *args, **kwargs: next(draws).to(unet.dtype))
     unet.calls.clear()
-    output = pipe(
-        **(settings(recording) | AUTHORS | changes),
-        callback_on_step_end=lambda pipe, step, timestep, tensors: samples.append(tensors["latents"].clone()),
-    )
-    assert next(draws, None) is None, "every recorded draw is used"
-    return output.images, torch.stack(samples)
+    pipe = quiet(CoPaintPipeline(unet, CoPaintScheduler()))
+    images = pipe(**(AUTHORS | given), callback_on_step_end=callback).images
+    assert next(draws, None) is None, "every draw is used"
+    return images, torch.stack(samples), np.diff(passes).tolist()
+
+
+def recorded_draws(recording):
+    return torch.from_numpy(recording["ev_noise"][recording["ev_kind"] == 1])
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_authors_runs_in_double_precision(name, monkeypatch):
     recording, unet = load(name), MixtureUNet()
-    images, samples = replay(recording, unet, monkeypatch)
+    images, samples, passes = replay(settings(recording), unet, recorded_draws(recording), monkeypatch)
     np.testing.assert_allclose(images.clamp(-1, 1), recording["output"], rtol=0, atol=1e-10)
-    moves = recording["ev_kind"] != 2
-    np.testing.assert_allclose(samples, recording["ev_x_out"][moves], rtol=0, atol=1e-10)
+    kinds, rejections = recording["ev_kind"], recording["ev_n_reject"]
+    np.testing.assert_allclose(samples, recording["ev_x_out"][kinds != 2], rtol=0, atol=1e-10)
     # 1 + G forward and G backward passes per optimized level, one forward pass more per rejected trial
     steps = recording["config"]["optimize_xt.num_iteration_optimize_xt"]
-    levels = int((recording["ev_kind"] != 1).sum())
-    rejected = int(recording["ev_n_reject"].sum())
-    assert len(unet.calls) == levels * (1 + steps) + rejected
+    expected = []
+    for i, kind in enumerate(kinds):
+        if kind == 1:  # back in time, after an optimization or without one
+            expected.append(1 + steps + rejections[i - 1] if kinds[i - 1] == 2 else 0)
+        elif kind == 0:
+            expected.append(1 + steps + rejections[i])
+    assert passes == expected
+    levels = int((kinds != 1).sum())
     assert int(recording["nfe_backward"]) == levels * steps
-    assert int(recording["nfe_forward"]) == levels * (1 + 2 * steps) + rejected, "what the authors' code takes"
-    if name.startswith("copaint_batch2"):
-        assert rejected > 0
+    assert int(recording["nfe_forward"]) == levels * (1 + 2 * steps) + rejections.sum(), "the authors' code takes more"
+    if rejections.sum() == 0:
+        assert sum(with_graph for _, _, with_graph in unet.calls) == levels * steps, "no graph that is not used"
+    else:
+        assert name.startswith("copaint_batch2")
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_authors_runs_in_single_precision(name, monkeypatch):
     recording, unet = load(name), MixtureUNet().to(torch.float32)
-    images, _ = replay(recording, unet, monkeypatch, loss_tolerance=1e-5)
+    given = settings(recording) | {"loss_tolerance": 1e-5}
+    images, *_ = replay(given, unet, recorded_draws(recording), monkeypatch)
     np.testing.assert_allclose(images.clamp(-1, 1), recording["output"], rtol=0, atol=5e-5)
 
 
 def test_images_of_a_batch_have_their_own_line_search(monkeypatch):
     """The rows of a batch are the authors' runs alone, not their batch, whose line search is shared."""
     recording = load("copaint_batch2_biglr_10")
-    images, _ = replay(recording, MixtureUNet(), monkeypatch)
+    images, *_ = replay(settings(recording), MixtureUNet(), [], monkeypatch)
     alone = np.concatenate([load(f"copaint_batch2_biglr_10_alone{i}")["output"] for i in range(2)])
     np.testing.assert_allclose(images.clamp(-1, 1), alone, rtol=0, atol=1e-10)
     assert np.abs(alone - recording["output"]).max() > 0.03
 
 
-def test_rejections_are_counted_level_by_level(monkeypatch):
-    recording, unet = load("copaint_batch2_biglr_10_alone0"), MixtureUNet()
-    replay(recording, unet, monkeypatch)
-    per_level = [len(list(calls)) - 3 for _, calls in itertools.groupby(call[0] for call in unet.calls)]
-    assert per_level == recording["ev_n_reject"].tolist()
-
-
-def test_estimate_in_several_steps(monkeypatch):
-    """`num_x0_steps`, by gradients of an independent program: plain autograd, no checkpoints, no reuse."""
-    unet, steps = MixtureUNet(), 3
-    recording = load("copaint_eta0_10")
-    given = settings(recording) | {"num_optimization_steps": 1, "adaptive_learning_rate": False}
-    images, _ = replay(recording, unet, monkeypatch, **(given | {"num_x0_steps": steps}))
-
-    abar = recording["alphas_cumprod"]
-    t_map, image = recording["timestep_map"], torch.from_numpy(recording["image"])
-    keep, x = torch.from_numpy(recording["keep_mask"]), torch.from_numpy(recording["x_T"])
+def authors_program(unet, recording, walk, draws, given):
+    """
+    Their algorithm once more, for one image and in all its settings: plain autograd, every pass made anew. `walk` are
+    the places visited, counted from the clean end. Returns the output and the rejected trials at each move.
+    """
+    abar, times = recording["alphas_cumprod"], recording["timestep_map"].tolist()
+    keep, draws = torch.from_numpy(recording["keep_mask"]), iter(draws)
+    if given.get("mode") == "super_resolution":
+        measure = lambda x: torch.nn.functional.avg_pool2d(x, given["scale_factor"])  # noqa: E731
+    else:
+        measure = lambda x: keep * x  # noqa: E731
+    y = measure(torch.from_numpy(recording["image"]))
 
     def predict(x, i):
-        eps = unet(x, torch.tensor([int(t_map[i])])).sample[:, :3]
-        return ((x - math.sqrt(1 - abar[i]) * eps) / math.sqrt(abar[i])).clamp(-1, 1), eps
+        eps = unet(x, torch.tensor([times[i]])).sample[:, :3]
+        return ((x - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5).clamp(-1, 1), eps
 
-    rate, weight = 0.02, 1e-4
-    for i in range(9, 0, -1):
-        leaf = x.clone().requires_grad_()
-        places = [i, *[k * (i // steps) for k in range(steps - 1, -1, -1)]]
-        places = sorted(set(places), reverse=True)
-        state = leaf
-        for a, b in itertools.pairwise(places):
-            x0, eps = predict(state, a)
-            state = math.sqrt(abar[b]) * x0 + math.sqrt(1 - abar[b]) * eps
-        loss = (keep * (image - state.clamp(-1, 1))).square().sum() + weight * (leaf - x).square().sum()
-        [gradient] = torch.autograd.grad(loss, leaf)
-        x = x - rate * math.sqrt(abar[i] / abar[0]) * gradient
-        x0, eps = predict(x, i)
-        x = math.sqrt(abar[i - 1]) * x0 + math.sqrt(1 - abar[i - 1]) * eps
-        rate, weight = rate * 1.012, weight * 1.01
-    torch.testing.assert_close(images, x.detach(), rtol=0, atol=1e-10)
+    def estimate(x, i):
+        n = given.get("num_x0_steps", 1)
+        if n == 1 or i == 0:
+            return predict(x, i)[0]
+        for a, b in itertools.pairwise(sorted({i, *(k * (i // n) for k in range(n))}, reverse=True)):
+            x0, eps = predict(x, a)
+            x = abar[b] ** 0.5 * x0 + (1 - abar[b]) ** 0.5 * eps
+        return x.clamp(-1, 1)
+
+    def optimize(x, i, rate, weight):
+        origin, rejected = x, 0
+        if given["scale_learning_rate"]:
+            rate = rate * (abar[i] / abar[0]) ** 0.5
+
+        def loss(x):
+            return (y - measure(estimate(x, i))).square().sum() + weight * (origin - x).square().sum()
+
+        for _ in range(given["num_optimization_steps"]):
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                old = loss(leaf)
+                [gradient] = torch.autograd.grad(old, leaf)
+            new = x - rate * gradient
+            while given["adaptive_learning_rate"] and not loss(new) <= old:
+                rate, rejected = 0.8 * rate, rejected + 1
+                new = x - rate * gradient
+            x = new
+        return x, rejected
+
+    x, rate, weight = torch.from_numpy(recording["x_T"]), given["learning_rate"], given["regularization"]
+    rejections, came_down = [], False
+    with torch.no_grad():
+        for i, j in itertools.pairwise(walk):
+            rejected = None
+            if j < i or (came_down and given["optimize_before_time_travel"]):
+                x, rejected = optimize(x, i, rate, weight)
+            rejections.append(rejected)
+            if j < i:
+                x0, eps = predict(x, i)
+                s = given["eta"] * ((1 - abar[j]) / (1 - abar[i])) ** 0.5 * (1 - abar[i] / abar[j]) ** 0.5
+                x = abar[j] ** 0.5 * x0 + (1 - abar[j] - s**2) ** 0.5 * eps
+                x = x + s * next(draws) if s else x
+                rate, weight = rate * given["learning_rate_decay"], weight * given["regularization_decay"]
+            else:
+                x = (abar[j] / abar[i]) ** 0.5 * x + (1 - abar[j] / abar[i]) ** 0.5 * next(draws)
+                rate, weight = rate / given["learning_rate_decay"], weight / given["regularization_decay"]
+            came_down = j < i
+    return x, rejections
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_program_is_the_authors(name):
+    recording = load(name)
+    places = {timestep: i for i, timestep in enumerate(recording["timestep_map"].tolist())}
+    walk = [places[recording["timestep_map"][i]] for i in recording["schedule_idx"]]
+    images, rejections = authors_program(
+        MixtureUNet(), recording, walk, recorded_draws(recording), settings(recording)
+    )
+    np.testing.assert_allclose(images.clamp(-1, 1), recording["output"], rtol=0, atol=1e-10)
+    assert sum(filter(None, rejections)) == recording["ev_n_reject"].sum()
+
+
+LARGE = {"learning_rate": 8.0, "learning_rate_decay": 0.9, "num_optimization_steps": 5}
+WALKS = {
+    (1, 1): [*range(9, -1, -1)],
+    (4, 2): [9, 8, 7, 6, 5, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1, 0],
+    (3, 3): [9, 8, 7, *2 * [6, 7, 8, 9, 8, 7], 6, 5, 4, *2 * [3, 4, 5, 6, 5, 4], 3, 2, 1, *2 * [0, 1, 2, 3, 2, 1], 0],
+}
+OTHERS = {
+    "no search, unscaled": {
+        "scale_learning_rate": False, "adaptive_learning_rate": False, "num_optimization_steps": 5,
+        "learning_rate": 1e-5, "learning_rate_decay": 1.3, "regularization": 0.01,
+    },
+    "search with weight, travel": LARGE | {
+        "regularization": 3.0, "regularization_decay": 1.3, "jump_length": 4, "jump_n_sample": 2,
+    },
+    "travel without optimization": {
+        "optimize_before_time_travel": False, "jump_length": 3, "jump_n_sample": 3, "learning_rate": 1.0,
+    },
+    "ancestral": {"eta": 1.0, "learning_rate": 2.0},
+    "ancestral with travel": {"eta": 0.6, "jump_length": 4, "jump_n_sample": 2},
+    "enlarging by 2, travel": {"mode": "super_resolution", "scale_factor": 2, "jump_length": 3, "jump_n_sample": 3},
+    "estimate in 2 steps": {"num_x0_steps": 2},
+    "estimate in 3 steps, search, travel": LARGE | {"num_x0_steps": 3, "jump_length": 4, "jump_n_sample": 2},
+    "estimate in more steps than there are": {"num_x0_steps": 12, "num_optimization_steps": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_settings_are_those_of_the_authors(name, monkeypatch):
+    """To 1e-10, with the same rejections at every move."""
+    recording, unet = load("copaint_eta0_10"), MixtureUNet()
+    given = settings(recording) | OTHERS[name]
+    if given.get("mode") == "super_resolution":
+        small = torch.nn.functional.avg_pool2d(given["image"], given["scale_factor"])
+        given |= {"image": small, "mask_image": None}
+    walk = WALKS[given.get("jump_length", 1), given.get("jump_n_sample", 1)]
+    moves = list(itertools.pairwise(walk))
+    count = sum(j > i or given["eta"] > 0 for i, j in moves)
+    draws = torch.randn(count, 1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, rejections = authors_program(unet, recording, walk, draws, given)
+    images, _, passes = replay(given, unet, draws, monkeypatch)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-10)
+    assert "search" not in name or "no search" in name or sum(filter(None, rejections)) > 20
+    steps, n = given["num_optimization_steps"], given.get("num_x0_steps", 1)
+    for (i, _), rejected, taken in zip(moves, rejections, passes, strict=True):
+        more = len({i, *(k * (i // n) for k in range(n))}) - 2 if n > 1 and i else 0  # passes of the estimate
+        # those are made once more for every gradient: their activations are not kept
+        assert taken == (0 if rejected is None else (1 + steps + rejected) * (1 + more) + steps * more)
 
 
 # -- the rest of the pipeline
@@ -399,6 +503,37 @@ def test_no_gradient_is_left_on_the_weights_and_checkpointing_changes_nothing():
     torch.testing.assert_close(images, again)
 
 
+class Held:
+    """A tensor that is kept for a backward pass; the class counts them in bytes."""
+
+    now = peak = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()
+        Held.now += tensor.nbytes
+        Held.peak = max(Held.peak, Held.now)
+
+    def __del__(self):
+        Held.now -= self.tensor.nbytes
+
+
+def test_no_more_than_one_pass_is_held_in_memory():
+    """Also where trials are rejected."""
+    pipe = make_pipeline(CoPaintScheduler(clip_sample=False))
+    passes = []
+    pipe.unet.register_forward_pre_hook(lambda *args: passes.append(torch.is_grad_enabled()))
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        sample = torch.randn(2, 1, 16, 16, requires_grad=True)
+        torch.autograd.grad(pipe.unet(sample, 500).sample.square().sum(), sample)
+        bare, Held.peak = Held.peak, 0
+        assert Held.now == 0 < bare
+        options = {"num_inference_steps": 4, "num_optimization_steps": 4, "learning_rate": 1e3}
+        pipe(torch.rand(2, 1, 16, 16), torch.eye(16), output_type="pt", **options)
+    assert sum(passes) > 3 * 4 + 10, "some trials with a graph are rejected"
+    assert Held.now == 0
+    assert bare < Held.peak < 1.1 * bare
+
+
 def test_optimizing_brings_the_known_pixels_nearer():
     recording = load("copaint_eta0_10")
     pipe = quiet(CoPaintPipeline(MixtureUNet(), CoPaintScheduler()))
@@ -451,6 +586,42 @@ def test_stock_checkpoints_load(tiny_ddpm_folder, tiny_ddpm):
     torch.testing.assert_close(*images)
 
 
+def test_files_work_without_this_package(tiny_ddpm_folder, tiny_ddpm, tmp_path):
+    """As `custom_pipeline` on a stock checkpoint, in an environment that has only diffusers and torch."""
+    methods = ["copaint", "replacement", "repaint", "mcg", "ddnm", "ddrm", "dps"]
+    code = """
+    import importlib.util, sys
+    import torch
+    from diffusers import DiffusionPipeline
+    assert importlib.util.find_spec("diffusers_ext") is None
+    checkpoint, pipelines, *methods = sys.argv[1:]
+    for method in methods:
+        file = f"{pipelines}/{method}.py"
+        pipe = DiffusionPipeline.from_pretrained(checkpoint, custom_pipeline=file, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        image, mask = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8), torch.eye(8)
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(image, mask, num_inference_steps=3, generator=generator, output_type="pt").images
+        print(type(pipe).__name__, *images.flatten().tolist())
+    """
+    done = subprocess.run(
+        [make_reader(tmp_path / "env"), "-c", textwrap.dedent(code), tiny_ddpm_folder, FILES, *methods],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    image, mask = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8), torch.eye(8)
+    for method, line in zip(methods, done.stdout.splitlines(), strict=True):
+        name, *values = line.split()
+        pipe = quiet(getattr(diffusers_ext, name).from_pipe(tiny_ddpm))
+        assert type(pipe).__module__ == f"diffusers_ext.pipelines.{method}"
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(image, mask, num_inference_steps=3, generator=generator, output_type="pt").images
+        torch.testing.assert_close(torch.tensor([float(v) for v in values]), images.flatten(), rtol=0, atol=1e-4)
+
+
 BAD_CALLS = {
     "RGB for a grey model": (lambda p: p(torch.rand(1, 3, 8, 8), MASK), r"`image` has shape .*must have 1 channels"),
     "odd size": (lambda p: p(torch.rand(1, 1, 9, 8), torch.zeros(9, 8)), r"\(9, 8\).*multiples of 2"),
@@ -471,6 +642,9 @@ BAD_CALLS = {
     "no optimization": (lambda p: p(IMAGE, MASK, num_optimization_steps=0), "`num_optimization_steps` is 0.*least 1"),
     "negative rate": (lambda p: p(IMAGE, MASK, learning_rate=-0.1), "`learning_rate` is -0.1.*at least 0"),
     "NaN rate": (lambda p: p(IMAGE, MASK, learning_rate=float("nan")), "`learning_rate` is nan"),
+    "half a step": (lambda p: p(IMAGE, MASK, num_optimization_steps=2.5), "TypeError: .* is 2.5, but must be an `int`"),
+    "word": (lambda p: p(IMAGE, MASK, learning_rate="0.1"), "TypeError: `learning_rate` is '0.1'.*a number"),
+    "no decay": (lambda p: p(IMAGE, MASK, learning_rate_decay=0), "`learning_rate_decay` is 0.*at least 1e-06"),
     "eta": (lambda p: p(IMAGE, MASK, eta=1.5), "`eta` is 1.5.*at most 1"),
     "no jump": (lambda p: p(IMAGE, MASK, jump_length=0), "`jump_length` is 0.*at least 1"),
     "rising timesteps": (lambda p: p(IMAGE, MASK, timesteps=[0, 500]), r"`timesteps` is \[0, 500\].*falling"),

@@ -309,7 +309,7 @@ def test_interpolated_decoding(steps, alpha, dtype):
     check(final, TRAJECTORIES[f"ddim{steps}_zlerp_alpha{alpha}"], dtype)
     with pipe.progress_bar(total=steps) as progress_bar:
         weight = torch.full((3, 1, 1, 1), alpha, dtype=dtype)
-        final = pipe._decode_loop(noise, (z, z_b), steps, None, progress_bar, shift_range=(0, 1000), weight=weight)
+        final, _ = pipe._decode_loop(noise, (z, z_b), steps, None, progress_bar, shift_range=(0, 1000), weight=weight)
     check(final, TRAJECTORIES[f"ddim{steps}_trajinterp_alpha{alpha}"], dtype)
 
 

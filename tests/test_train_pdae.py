@@ -178,6 +178,33 @@ def test_what_does_not_fit_is_refused_before_training(arguments, conditional_fol
             arguments(encoder_block_out_channels=widths)
 
 
+def test_a_run_is_not_resumed_on_another_model_or_other_images(arguments, tiny_ddpm, tmp_path):
+    for folder, shade in (("pictures", 40), ("others", 41)):
+        (tmp_path / folder).mkdir()
+        for i in range(8):
+            Image.effect_noise((8, 8), shade).save(tmp_path / folder / f"{i if folder == 'pictures' else 100 + i}.png")
+    data = {"dataset_name": None, "train_data_dir": str(tmp_path / "pictures"), "resolution": 8, "image_mode": "L"}
+    settings = {
+        **data,
+        "validation_fraction": 0,
+        "checkpointing_steps": 2,
+        "max_train_steps": 2,
+        "train_batch_size": 4,
+    }
+    main(arguments(**settings))
+    again = {**settings, "resume_from_checkpoint": "latest", "max_train_steps": 3}
+    with pytest.raises(ValueError, match="names and sizes of the image files"):
+        main(arguments(**again | {"train_data_dir": str(tmp_path / "others")}))
+    torch.nn.init.normal_(tiny_ddpm.unet.conv_in.weight)
+    tiny_ddpm.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="weights of the frozen model"):
+        main(arguments(**again | {"pretrained_model_name_or_path": str(tmp_path / "other")}))
+    with pytest.raises(ValueError, match="`max_train_steps` is 1, but .* is at step 2"):
+        main(arguments(**again | {"max_train_steps": 1}))
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    main(arguments(**again | {"train_data_dir": str(tmp_path / "moved")}))
+
+
 def test_nothing_has_to_be_held_out(arguments, tmp_path):
     main(arguments(validation_fraction=0, max_train_steps=1))
     assert (tmp_path / "pdae" / "model_index.json").is_file()

@@ -201,6 +201,7 @@ def main(args: PDAEArguments) -> None:
         {"encoder": encoder, "gradient_estimator": gradient_estimator},
         dataset,
         train_module=PDAETrainModule(encoder, gradient_estimator),
+        frozen=unet,
     )
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision, torch.float32)
     # Training may round the frozen weights; what is published must not.
