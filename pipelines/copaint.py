@@ -605,7 +605,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
     def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: CoPaintScheduler | SchedulerMixin) -> None:
         super().__init__()
         check_unet(unet)
-        if not hasattr(scheduler, "undo_step") or not hasattr(scheduler, "predict"):
+        if all(base.__name__ != "CoPaintScheduler" for base in type(scheduler).__mro__):
             stock, scheduler = scheduler, CoPaintScheduler.from_config(scheduler.config)
             check_schedule(stock, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -693,7 +693,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         self,
         sample: torch.Tensor,
         timestep: int,
-        class_labels: torch.Tensor | None,
+        condition: torch.Tensor | None,
         loss_inputs: tuple["MaskOperator | AveragePoolOperator", torch.Tensor, torch.Tensor, float],
         path: list[int],
         with_graph: bool,
@@ -702,7 +702,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         operator, measurement, origin, regularization = loss_inputs
         with torch.set_grad_enabled(with_graph):
             sample = sample.detach().requires_grad_(with_graph)
-            model_output, _ = self._predict(sample, timestep, class_labels)
+            model_output, _ = self._predict(sample, timestep, condition)
             pred_original_sample, _ = self.scheduler.predict(model_output, timestep, sample)
             estimate = pred_original_sample
             if path:
@@ -711,7 +711,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
                 for level, next_level in itertools.pairwise(path):
 
                     def move(state: torch.Tensor, level: int = level, next_level: int = next_level) -> torch.Tensor:
-                        output, _ = self._predict(state, level, class_labels)
+                        output, _ = self._predict(state, level, condition)
                         return self.scheduler.step(output, level, state, next_level).prev_sample
 
                     if with_graph:  # of these passes, one's activations at a time
@@ -728,7 +728,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         latents: torch.Tensor,
         timestep: int,
         step: int,
-        class_labels: torch.Tensor | None,
+        condition: torch.Tensor | None,
         operator: "MaskOperator | AveragePoolOperator",
         measurement: torch.Tensor,
         path: list[int],
@@ -742,13 +742,13 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         """Gradient descent at one level: the sample, the U-Net's output at it, and the clean image that this gives."""
         loss_inputs = (operator, measurement, latents, regularization)
         rates = latents.new_full((latents.shape[0], *(1,) * (latents.ndim - 1)), learning_rate)
-        sample, loss, *predictions = self._evaluate(latents, timestep, class_labels, loss_inputs, path, True)
+        sample, loss, *predictions = self._evaluate(latents, timestep, condition, loss_inputs, path, True)
         for iteration in range(num_optimization_steps):
             [gradient] = torch.autograd.grad(loss, sample, torch.ones_like(loss))  # of the sum over the batch
             sample, loss = sample.detach(), loss.detach()
             more = iteration + 1 < num_optimization_steps  # only then is a graph needed
             trial, trial_loss, *predictions = self._evaluate(
-                sample - rates * gradient, timestep, class_labels, loss_inputs, path, more
+                sample - rates * gradient, timestep, condition, loss_inputs, path, more
             )
             backtracks = 0
             while adaptive_learning_rate:
@@ -763,7 +763,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
                 backtracks += 1
                 del trial, trial_loss, predictions  # and the graph with them: never two at once
                 trial, trial_loss, *predictions = self._evaluate(
-                    sample - rates * gradient, timestep, class_labels, loss_inputs, path, more
+                    sample - rates * gradient, timestep, condition, loss_inputs, path, more
                 )
             sample, loss = trial, trial_loss
         if not loss.isfinite().all():

@@ -152,8 +152,7 @@ class DDNMScheduler(SchedulerMixin, ConfigMixin):
         been walked through `travel_repeat` times.
 
         Args:
-            num_inference_steps (`int`): `N`, 1 to `num_train_timesteps`. Where it does not divide `T`, some more
-                levels.
+            num_inference_steps (`int`): `N`, 1 to `num_train_timesteps`.
             device (`str` or `torch.device`, *optional*): Where `timesteps` is put.
             travel_length (`int`, *optional*, defaults to 1): Levels per jump, at least 1.
             travel_repeat (`int`, *optional*, defaults to 1): Passes through each stretch, at least 1; 1 for no travel.
@@ -167,12 +166,15 @@ class DDNMScheduler(SchedulerMixin, ConfigMixin):
                 f"`num_inference_steps` is {num_inference_steps}, but must be a whole number from 1 to {limit}, the "
                 "schedule's timesteps."
             )
-        if travel_length < 1 or travel_repeat < 1:
+        if (
+            not (isinstance(travel_length, int) and isinstance(travel_repeat, int))
+            or min(travel_length, travel_repeat) < 1
+        ):
             raise ValueError(
-                f"`travel_length` is {travel_length} and `travel_repeat` is {travel_repeat}, but both must be at "
-                "least 1."
+                f"`travel_length` is {travel_length} and `travel_repeat` is {travel_repeat}, but both must be "
+                "whole numbers of at least 1."
             )
-        levels = list(range(0, limit, limit // num_inference_steps))
+        levels = [i * (limit // num_inference_steps) for i in range(num_inference_steps)]
         left = dict.fromkeys(range(0, len(levels) - travel_length, travel_length), travel_repeat - 1)
         place = len(levels) - 1  # counted from the clean end
         visited = [levels[place]]
@@ -505,7 +507,7 @@ class DDNMPipeline(HubMixin, DiffusionPipeline):
     def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: DDNMScheduler | SchedulerMixin) -> None:
         super().__init__()
         check_unet(unet)
-        if not hasattr(scheduler, "predict"):
+        if all(base.__name__ != "DDNMScheduler" for base in type(scheduler).__mro__):
             stock, scheduler = (
                 scheduler,
                 DDNMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False),
@@ -677,6 +679,8 @@ class DDNMPipeline(HubMixin, DiffusionPipeline):
             "eta": (eta, 0, 1),
             "num_images_per_prompt": (num_images_per_prompt, 1, None),
         }
+        if not isinstance(num_images_per_prompt, int):
+            raise TypeError(f"`num_images_per_prompt` is {num_images_per_prompt!r}, but must be an `int`.")
         for name, (value, low, high) in limits.items():
             if not (value >= low and (high is None or value <= high)) or math.isinf(value):
                 limit = "" if high is None else f" and at most {high}"
@@ -728,6 +732,8 @@ class DDNMPipeline(HubMixin, DiffusionPipeline):
                 latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
 
         # 3. Output
+        if not latents.isfinite().all():
+            raise ValueError("the images are not finite: run the U-Net in float32, and see whether its weights are.")
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

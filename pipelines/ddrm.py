@@ -517,7 +517,7 @@ class DDRMPipeline(HubMixin, DiffusionPipeline):
     def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: DDRMScheduler | SchedulerMixin) -> None:
         super().__init__()
         check_unet(unet)
-        if not hasattr(scheduler, "initialize"):
+        if all(base.__name__ != "DDRMScheduler" for base in type(scheduler).__mro__):
             stock, scheduler = (
                 scheduler,
                 DDRMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False),
@@ -696,6 +696,8 @@ class DDRMPipeline(HubMixin, DiffusionPipeline):
             "measurement_noise": (measurement_noise, 0, None),
             "num_images_per_prompt": (num_images_per_prompt, 1, None),
         }
+        if not isinstance(num_images_per_prompt, int):
+            raise TypeError(f"`num_images_per_prompt` is {num_images_per_prompt!r}, but must be an `int`.")
         for name, (value, low, high) in limits.items():
             if not (value >= low and (high is None or value <= high)) or math.isinf(value):
                 limit = "" if high is None else f" and at most {high}"
@@ -749,6 +751,8 @@ class DDRMPipeline(HubMixin, DiffusionPipeline):
         if paste_known:
             latents = latents - operator.pseudo_inverse(operator.forward(latents))
             latents = latents + operator.pseudo_inverse(measurement)
+        if not latents.isfinite().all():
+            raise ValueError("the images are not finite: run the U-Net in float32, and see whether its weights are.")
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

@@ -505,7 +505,7 @@ class MCGPipeline(HubMixin, DiffusionPipeline):
     def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: MCGScheduler | SchedulerMixin) -> None:
         super().__init__()
         check_unet(unet)
-        if not hasattr(scheduler, "ancestral_step"):
+        if all(base.__name__ != "MCGScheduler" for base in type(scheduler).__mro__):
             stock, scheduler = scheduler, MCGScheduler.from_config(scheduler.config)
             check_schedule(stock, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -673,6 +673,8 @@ class MCGPipeline(HubMixin, DiffusionPipeline):
             "step_size": (step_size, 0, None),
             "num_images_per_prompt": (num_images_per_prompt, 1, None),
         }
+        if not isinstance(num_images_per_prompt, int):
+            raise TypeError(f"`num_images_per_prompt` is {num_images_per_prompt!r}, but must be an `int`.")
         for name, (value, low, high) in limits.items():
             if not (value >= low and (high is None or value <= high)) or math.isinf(value):
                 limit = "" if high is None else f" and at most {high}"

@@ -953,7 +953,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
                     f"`gradient_estimator` was made for a U-Net with `{name}`={expected}, but `unet` has {actual}: "
                     "load the U-Net that it was trained on."
                 )
-        if not hasattr(scheduler, "ancestral_step"):
+        if all(base.__name__ != "PDAEScheduler" for base in type(scheduler).__mro__):
             stock, scheduler = scheduler, PDAEScheduler.from_config(scheduler.config)
             check_schedule(stock, scheduler)
         self.register_modules(unet=unet, encoder=encoder, gradient_estimator=gradient_estimator, scheduler=scheduler)

@@ -538,7 +538,7 @@ class RePaintDDPMPipeline(HubMixin, DiffusionPipeline):
     def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: RePaintDDPMScheduler | SchedulerMixin) -> None:
         super().__init__()
         check_unet(unet)
-        if not hasattr(scheduler, "ancestral_step"):
+        if all(base.__name__ != "RePaintDDPMScheduler" for base in type(scheduler).__mro__):
             stock, scheduler = scheduler, RePaintDDPMScheduler.from_config(scheduler.config)
             check_schedule(stock, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -704,6 +704,8 @@ class RePaintDDPMPipeline(HubMixin, DiffusionPipeline):
         limits = {
             "num_images_per_prompt": (num_images_per_prompt, 1, None),
         }
+        if not isinstance(num_images_per_prompt, int):
+            raise TypeError(f"`num_images_per_prompt` is {num_images_per_prompt!r}, but must be an `int`.")
         for name, (value, low, high) in limits.items():
             if not (value >= low and (high is None or value <= high)) or math.isinf(value):
                 limit = "" if high is None else f" and at most {high}"
@@ -751,6 +753,8 @@ class RePaintDDPMPipeline(HubMixin, DiffusionPipeline):
         # 3. The known pixels themselves
         if paste_known:
             latents = keep_mask * images + (1 - keep_mask) * latents
+        if not latents.isfinite().all():
+            raise ValueError("the images are not finite: run the U-Net in float32, and see whether its weights are.")
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

@@ -481,7 +481,7 @@ class ReplacementPipeline(HubMixin, DiffusionPipeline):
     def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: ReplacementScheduler | SchedulerMixin) -> None:
         super().__init__()
         check_unet(unet)
-        if not hasattr(scheduler, "predict"):
+        if all(base.__name__ != "ReplacementScheduler" for base in type(scheduler).__mro__):
             stock, scheduler = scheduler, ReplacementScheduler.from_config(scheduler.config)
             check_schedule(stock, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -647,8 +647,10 @@ class ReplacementPipeline(HubMixin, DiffusionPipeline):
         # 1. Check inputs
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` is {eta}, but must be at least 0 and at most 1.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}, but must be at least 1.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(
+                f"`num_images_per_prompt` is {num_images_per_prompt}, but must be an `int` of at least 1."
+            )
         self._check_output(output_type, callback_on_step_end_tensor_inputs)
         images = 2 * to_batch(image, self.unet.config.in_channels).to(self._execution_device, self._state_dtype) - 1
         self._check_size(*images.shape[-2:])
@@ -681,6 +683,8 @@ class ReplacementPipeline(HubMixin, DiffusionPipeline):
             latents, _ = self.scheduler.predict(model_output, trajectory[-1][1], latents)
         if paste_known:
             latents = keep_mask * images + (1 - keep_mask) * latents
+        if not latents.isfinite().all():
+            raise ValueError("the images are not finite: run the U-Net in float32, and see whether its weights are.")
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

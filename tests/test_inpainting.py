@@ -321,6 +321,30 @@ def test_stock_schedulers_are_converted(method, tiny_ddpm):
     assert pipe.scheduler.config.clip_sample is (method not in ("ddnm", "ddrm")), "no clip in these papers"
 
 
+@pytest.mark.parametrize("method", [*METHODS, "copaint"])
+def test_a_pipeline_of_one_method_becomes_one_of_another(method):
+    """Schedulers are converted whatever method they come from."""
+    pipeline, _, call = METHODS.get(method, ("CoPaintPipeline", "", {"num_inference_steps": 3}))
+    for other in METHODS:
+        pipe = quiet(getattr(diffusers_ext, pipeline).from_pipe(make(other)))
+        assert pipe(IMAGE, MASK, output_type="pt", **call).images.shape == IMAGE.shape
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_that_are_not_finite_are_refused(method):
+    pipe = make(method)
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
+    with pytest.raises(ValueError, match="the images are not finite"):
+        pipe(IMAGE, MASK, **METHODS[method][2])
+
+
+def test_ddnm_takes_as_many_levels_as_asked():
+    scheduler = diffusers_ext.DDNMScheduler()
+    for steps in (1, 30, 100, 300, 1000):
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == [i * (1000 // steps) for i in range(steps)][::-1]
+
+
 @pytest.mark.parametrize("method", ["dps", "mcg"])
 def test_gradients_leave_nothing_behind_and_need_a_graph(method):
     pipe = make(method)
