@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CoPaintPipeline": "pipelines.copaint",
     "CoPaintScheduler": "pipelines.copaint",
+    "CoPaintStableDiffusionPipeline": "pipelines.copaint_stable_diffusion",
     "DDNMPipeline": "pipelines.ddnm",
     "DDNMScheduler": "pipelines.ddnm",
     "DDRMPipeline": "pipelines.ddrm",

@@ -694,7 +694,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         sample: torch.Tensor,
         timestep: int,
         condition: torch.Tensor | None,
-        loss_inputs: tuple["MaskOperator | AveragePoolOperator", torch.Tensor, torch.Tensor, float],
+        loss_inputs: tuple[object, torch.Tensor, torch.Tensor, float],
         path: list[int],
         with_graph: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -729,7 +729,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         timestep: int,
         step: int,
         condition: torch.Tensor | None,
-        operator: "MaskOperator | AveragePoolOperator",
+        operator: object,
         measurement: torch.Tensor,
         path: list[int],
         learning_rate: float,
