@@ -1,0 +1,187 @@
+"""PSLD and ReSample, on Stable Diffusion's real components at tiny sizes, against independent programs."""
+
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from contract import PipelineContract, no_model_runs
+from test_copaint_stable_diffusion import IMAGE, MASK, components, tokenizer  # noqa: F401
+
+import diffusers_ext
+from diffusers_ext.pipelines.psld import decode, encode
+
+METHODS = {
+    "psld": ("PSLDPipeline", {"num_inference_steps": 4}),
+    "resample": (
+        "ReSamplePipeline",
+        {"num_inference_steps": 4, "resample_interval": 1, "num_pixel_steps": 2, "num_latent_steps": 2},
+    ),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(method, tokenizer):  # noqa: F811
+    pipe = getattr(diffusers_ext, METHODS[method][0])(**components(tokenizer))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class _Contract(PipelineContract):
+    image_shape = (3, 16, 16)
+    method: str
+
+    @pytest.fixture
+    def pipe(self, tokenizer):  # noqa: F811
+        self.tokenizer = tokenizer
+        pipe = self.pipeline_class(**components(tokenizer))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def inputs(self, batch_size):
+        image = torch.rand(batch_size, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+        mask = torch.ones(batch_size, 1, 16, 16)
+        mask[:, :, :2] = 0
+        return {"prompt": ["a"] * batch_size, "image": image, "mask_image": mask, **METHODS[self.method][1]}
+
+    def test_from_pipe_shares_the_components(self, pipe):
+        other = self.pipeline_class.from_pipe(pipe)
+        assert other.unet is pipe.unet and other.vae is pipe.vae
+
+
+class TestPSLD(_Contract):
+    method, pipeline_class = "psld", diffusers_ext.PSLDPipeline
+
+
+class TestReSample(_Contract):
+    method, pipeline_class = "resample", diffusers_ext.ReSamplePipeline
+
+
+ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+LEVELS = [999, 666, 333, 0]
+
+
+def program(pipe, method, noises):
+    """The method in plain loops, in float64, without guidance; the optimizations of ReSample are left out."""
+    images, keep = 2 * IMAGE.double() - 1, (1 - MASK).double()
+    embeds = pipe._encode_prompt(["ab"]).expand(2, -1, -1)
+    draws, z = iter(noises[1:]), noises[0]
+
+    def predict(z, t):
+        return pipe.unet(z, t, encoder_hidden_states=embeds).sample
+
+    def clean(z, t, eps):
+        return (z - (1 - ABAR[t]) ** 0.5 * eps) / ABAR[t] ** 0.5
+
+    def move(z, t, s):
+        eps = predict(z, t)
+        return ABAR[s] ** 0.5 * clean(z, t, eps) + (1 - ABAR[s]) ** 0.5 * eps
+
+    for step, (t, s) in enumerate(itertools.pairwise(LEVELS)):
+        z = z.detach().requires_grad_()
+        z0 = clean(z, t, predict(z, t))
+        picture = pipe.vae.decode(z0 / pipe.vae.config.scaling_factor).sample
+        total = 0
+        for i in range(2):
+            misfit = (keep * (picture[i] - images[i])).norm()
+            if method == "psld":
+                glued = keep * images[i : i + 1] + (1 - keep) * picture[i : i + 1]
+                again = pipe.vae.encode(glued).latent_dist.mode() * pipe.vae.config.scaling_factor
+                misfit = 0.1 * misfit + 0.01 * (again[0] - z0[i]).norm()
+            else:
+                misfit = ABAR[t] / 2 * misfit
+            total = total + misfit
+        [gradient] = torch.autograd.grad(total, z)
+        with torch.no_grad():
+            z = move(z, t, s) - gradient
+            left = len(LEVELS) - 2 - step
+            if method == "resample" and 0 < left < 2:  # of three moves, one is in the last two thirds and not the last
+                ahead = z
+                for a, b in itertools.pairwise(LEVELS[step + 1 :]):
+                    ahead = move(ahead, a, b)
+                z0 = clean(ahead, 0, predict(ahead, 0))
+                a = ABAR[s]
+                variance = 40 * (1 - a) / (1 - ABAR[t]) * (1 - ABAR[t] / a)
+                mean = (variance * a**0.5 * z0 + (1 - a) * z) / (variance + 1 - a)
+                z = mean + (1 / (1 / variance + 1 / (1 - a))) ** 0.5 * next(draws)
+    return clean(z, 0, predict(z, 0)).detach()
+
+
+def test_equals_an_independent_program(pipe, method, monkeypatch):
+    pipe.to(torch.float64)
+    noises = list(torch.randn(4, 2, 4, 8, 8, dtype=torch.float64))
+    draws = iter(noises[1:])
+    module = importlib.import_module(f"diffusers_ext.pipelines.{method}")
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(draws))
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": noises[0], "output_type": "latent"}
+    if method == "resample":
+        options |= {"resample_interval": 1, "num_pixel_steps": 0, "num_latent_steps": 0}
+    output = pipe("ab", IMAGE, MASK, **options).images
+    torch.testing.assert_close(output, program(pipe, method, noises), rtol=0, atol=1e-10)
+
+
+def test_hard_consistency_meets_the_known_pixels(tokenizer):  # noqa: F811
+    """The optimization of the pixels reaches any image; each image of a batch ends for itself."""
+    pipe = diffusers_ext.ReSamplePipeline(**components(tokenizer))
+    keep, images = (1 - MASK)[None].expand(2, -1, -1, -1), 2 * IMAGE - 1
+    start = torch.zeros_like(images)
+    start[1] = images[1]
+    with torch.no_grad():
+        pixels = pipe._make_consistent(start, lambda x: x, keep, images, 2000, 1e-2, 1e-6)
+        assert ((pixels - images) * keep).square().flatten(1).sum(1).div(keep.flatten(1).sum(1) * 3).max() <= 1e-6
+        assert torch.equal(pixels[1], images[1]), "nothing was to be done"
+        latents = torch.randn(2, 4, 8, 8)
+        before, after = (
+            ((decode(pipe.vae, z) - images) * keep).square().sum().item()
+            for z in (
+                latents,
+                pipe._make_consistent(latents, lambda z: decode(pipe.vae, z), keep, images, 50, 5e-2, 1e-6),
+            )
+        )
+    assert after < before
+
+
+def test_latents_and_images(tokenizer):  # noqa: F811
+    vae = components(tokenizer)["vae"]
+    images = 2 * IMAGE - 1
+    with torch.no_grad():
+        torch.testing.assert_close(encode(vae, images), vae.encode(images).latent_dist.mode() * 0.18215)
+        latents = torch.randn(2, 4, 8, 8)
+        torch.testing.assert_close(decode(vae, latents), vae.decode(latents / 0.18215).sample)
+
+
+def test_known_pixels_and_gradients(pipe, method):
+    images = pipe("ab", IMAGE, MASK, feather=0, output_type="pt", **METHODS[method][1]).images
+    torch.testing.assert_close(images[..., :8], IMAGE[..., :8])
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="`torch.inference_mode` rules out"):
+        pipe("ab", IMAGE, MASK, **METHODS[method][1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": None}, "`prompt` is missing"),
+        ({"image": None}, "`image` or `mask_image` is missing"),
+        ({"image": IMAGE[..., :10], "mask_image": torch.zeros(16, 10)}, r"\(16, 10\).*multiples of 4"),
+        ({"eta": 2.0}, "`eta` is 2.0.*at most 1"),
+        ({"feather": -1}, "`feather` is -1"),
+        ({"num_inference_steps": 1}, "from 2 to 1000"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_runs(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message), no_model_runs(pipe):
+        pipe(**({"prompt": "a", "image": IMAGE, "mask_image": MASK} | arguments))
+
+
+def test_networks_that_were_trained_to_inpaint_are_refused(method, tokenizer):  # noqa: F811
+    with pytest.raises(ValueError, match="9 input channels"):
+        getattr(diffusers_ext, METHODS[method][0])(**components(tokenizer, in_channels=9))
