@@ -1,5 +1,6 @@
 """PSLD and ReSample, on Stable Diffusion's real components at tiny sizes, against independent programs."""
 
+import doctest
 import importlib
 import itertools
 
@@ -145,6 +146,13 @@ def test_hard_consistency_meets_the_known_pixels(tokenizer):  # noqa: F811
             )
         )
     assert after < before
+
+
+@pytest.mark.parametrize("name", ["copaint_stable_diffusion", "psld", "resample"])
+def test_examples(name):
+    module = importlib.import_module(f"diffusers_ext.pipelines.{name}")
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0 and result.attempted >= 3
 
 
 def test_latents_and_images(tokenizer):  # noqa: F811
