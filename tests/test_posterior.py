@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from inpainting_goldens import MixtureUNet, load
+from packaging.version import Version
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import diffusers_ext.evaluation.posterior as posterior_module
@@ -264,6 +265,8 @@ def test_network_refuses_wrong_input():
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_problems_of_seed_0_are_the_recorded_ones(suite):
+    if suite.startswith("gmm25") and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("`torch.multinomial` of older versions draws otherwise from the same seed")
     recorded, _ = recorded_problems(suite)
     problems = inpainting_problems(suite, 0)
     assert len(problems) == len(recorded)
