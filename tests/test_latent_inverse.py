@@ -65,14 +65,32 @@ class TestReSample(_Contract):
 
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-LEVELS = [999, 666, 333, 0]
 
 
-def program(pipe, method, noises):
-    """The method in plain loops, in float64, without guidance; the optimizations of ReSample are left out."""
+def adamw(variable, loss, steps, rate):
+    """Decoupled weight decay (1711.05101, algorithm 2) with torch's defaults, written out."""
+    first, second = torch.zeros_like(variable), torch.zeros_like(variable)
+    for step in range(1, steps + 1):
+        variable = variable.detach().requires_grad_()
+        [gradient] = torch.autograd.grad(loss(variable), variable)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        direction = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        variable = (1 - 0.01 * rate) * variable.detach() - rate * direction
+    return variable
+
+
+def program(pipe, method, levels, noises, steps=0):
+    """The method in plain loops, in float64, without guidance; `steps` of AdamW in each optimization of ReSample."""
     images, keep = 2 * IMAGE.double() - 1, (1 - MASK).double()
     embeds = pipe._encode_prompt(["ab"]).expand(2, -1, -1)
     draws, z = iter(noises[1:]), noises[0]
+    scale = pipe.vae.config.scaling_factor
+
+    def picture(z):
+        return pipe.vae.decode(z / scale).sample
+
+    def misfit(pixels):  # the mean over each image's known pixels, summed over the images
+        return (keep * (pixels - images)).square().sum() / (3 * keep.sum())
 
     def predict(z, t):
         return pipe.unet(z, t, encoder_hidden_states=embeds).sample
@@ -84,47 +102,69 @@ def program(pipe, method, noises):
         eps = predict(z, t)
         return ABAR[s] ** 0.5 * clean(z, t, eps) + (1 - ABAR[s]) ** 0.5 * eps
 
-    for step, (t, s) in enumerate(itertools.pairwise(LEVELS)):
+    for step, (t, s) in enumerate(itertools.pairwise(levels)):
         z = z.detach().requires_grad_()
         z0 = clean(z, t, predict(z, t))
-        picture = pipe.vae.decode(z0 / pipe.vae.config.scaling_factor).sample
-        total = 0
+        image, total = picture(z0), 0
         for i in range(2):
-            misfit = (keep * (picture[i] - images[i])).norm()
+            error = (keep * (image[i] - images[i])).norm()
             if method == "psld":
-                glued = keep * images[i : i + 1] + (1 - keep) * picture[i : i + 1]
-                again = pipe.vae.encode(glued).latent_dist.mode() * pipe.vae.config.scaling_factor
-                misfit = 0.1 * misfit + 0.01 * (again[0] - z0[i]).norm()
+                glued = keep * images[i : i + 1] + (1 - keep) * image[i : i + 1]
+                again = pipe.vae.encode(glued).latent_dist.mode() * scale
+                error = 0.1 * error + 0.01 * (again[0] - z0[i]).norm()
             else:
-                misfit = ABAR[t] / 2 * misfit
-            total = total + misfit
+                error = ABAR[t] / 2 * error
+            total = total + error
         [gradient] = torch.autograd.grad(total, z)
         with torch.no_grad():
             z = move(z, t, s) - gradient
-            left = len(LEVELS) - 2 - step
-            if method == "resample" and 0 < left < 2:  # of three moves, one is in the last two thirds and not the last
-                ahead = z
-                for a, b in itertools.pairwise(LEVELS[step + 1 :]):
-                    ahead = move(ahead, a, b)
-                z0 = clean(ahead, 0, predict(ahead, 0))
-                a = ABAR[s]
-                variance = 40 * (1 - a) / (1 - ABAR[t]) * (1 - ABAR[t] / a)
-                mean = (variance * a**0.5 * z0 + (1 - a) * z) / (variance + 1 - a)
-                z = mean + (1 / (1 / variance + 1 / (1 - a))) ** 0.5 * next(draws)
-    return clean(z, 0, predict(z, 0)).detach()
+        moves = len(levels) - 1
+        left = moves - 1 - step
+        if method == "resample" and 0 < left < 2 * moves / 3:
+            with torch.no_grad():
+                ahead, seen = z, s
+                for a, b in list(itertools.pairwise(levels[step + 1 :]))[:5]:
+                    ahead, seen = move(ahead, a, b), b
+                z0 = clean(ahead, seen, predict(ahead, seen))
+                pixels = picture(z0)
+            if left > moves / 3:
+                pixels = adamw(pixels, misfit, steps, 1e-2)
+                with torch.no_grad():
+                    z0 = pipe.vae.encode(pixels).latent_dist.mode() * scale
+            else:
+                z0 = adamw(z0, lambda z: misfit(picture(z)), steps, 5e-3)
+            a = ABAR[s]
+            variance = 40 * (1 - a) / (1 - ABAR[t]) * (1 - ABAR[t] / a)
+            mean = (variance * a**0.5 * z0 + (1 - a) * z) / (variance + 1 - a)
+            z = mean + (1 / (1 / variance + 1 / (1 - a))) ** 0.5 * next(draws)
+    with torch.no_grad():
+        z = clean(z, 0, predict(z, 0))
+    return adamw(z, lambda z: misfit(picture(z)), steps, 5e-3) if steps else z
 
 
-def test_equals_an_independent_program(pipe, method, monkeypatch):
+# Six moves of ReSample: the one with three moves left optimizes pixels, those with two and one left latents.
+@pytest.mark.parametrize(
+    ("method", "levels", "options"),
+    [
+        ("psld", [999, 666, 333, 0], {}),
+        ("resample", [999, 666, 333, 0], {"num_pixel_steps": 0, "num_latent_steps": 0}),
+        ("resample", [999, 832, 666, 500, 333, 166, 0], {"num_pixel_steps": 3, "num_latent_steps": 3}),
+    ],
+    indirect=["method"],
+)
+def test_equals_an_independent_program(pipe, method, levels, options, monkeypatch):
     pipe.to(torch.float64)
-    noises = list(torch.randn(4, 2, 4, 8, 8, dtype=torch.float64))
+    noises = list(torch.randn(len(levels), 2, 4, 8, 8, dtype=torch.float64))
     draws = iter(noises[1:])
     module = importlib.import_module(f"diffusers_ext.pipelines.{method}")
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(draws))
-    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": noises[0], "output_type": "latent"}
     if method == "resample":
-        options |= {"resample_interval": 1, "num_pixel_steps": 0, "num_latent_steps": 0}
-    output = pipe("ab", IMAGE, MASK, **options).images
-    torch.testing.assert_close(output, program(pipe, method, noises), rtol=0, atol=1e-10)
+        options = options | {"resample_interval": 1, "consistency_tolerance": 0.0}
+    steps = {"num_inference_steps": len(levels), "guidance_scale": 1.0}
+    output = pipe("ab", IMAGE, MASK, **steps, latents=noises[0], output_type="latent", **options).images
+    assert pipe.scheduler.trajectory == list(itertools.pairwise(levels))
+    expected = program(pipe, method, levels, noises, options.get("num_latent_steps", 0))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
 
 
 def test_hard_consistency_meets_the_known_pixels(tokenizer):  # noqa: F811
