@@ -16,6 +16,9 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _PUBLIC = {
+    "ADMUNet2DModel": "pipelines.classifier_guidance",
+    "ClassifierGuidancePipeline": "pipelines.classifier_guidance",
+    "ClipGuidance": "pipelines.classifier_guidance",
     "CoPaintPipeline": "pipelines.copaint",
     "CoPaintScheduler": "pipelines.copaint",
     "CoPaintStableDiffusionPipeline": "pipelines.copaint_stable_diffusion",
@@ -25,9 +28,13 @@ _PUBLIC = {
     "DDRMScheduler": "pipelines.ddrm",
     "DPSPipeline": "pipelines.dps",
     "DPSScheduler": "pipelines.dps",
+    "GlidePipeline": "pipelines.glide",
+    "GlideTextEncoder": "pipelines.glide",
+    "GuidedScheduler": "pipelines.classifier_guidance",
     "HubMixin": "hub",
     "MCGPipeline": "pipelines.mcg",
     "MCGScheduler": "pipelines.mcg",
+    "NoisyClassifier": "pipelines.classifier_guidance",
     "PDAEEncoder": "pipelines.pdae",
     "PDAEGapOutput": "pipelines.pdae",
     "PDAEGradientEstimator": "pipelines.pdae",
@@ -43,6 +50,8 @@ _PUBLIC = {
     "ReplacementScheduler": "pipelines.replacement",
     "TrainingArguments": "training_run",
     "TrainingRun": "training_run",
+    "VESDEPipeline": "pipelines.ve_sde",
+    "VESDEScheduler": "pipelines.ve_sde",
     "dispatch": "hub",
     "load_image_dataset": "data",
 }

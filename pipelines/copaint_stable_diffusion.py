@@ -898,6 +898,21 @@ class CoPaintStableDiffusionPipeline(HubMixin, DiffusionPipeline):
             ValueError: For arguments that do not fit each other or are out of range, before a model runs; for a loss
                 that is not finite, with the step and the step size.
             RuntimeError: Within `torch.inference_mode`, where no gradient can be had.
+
+        Example:
+
+        ```py
+        >>> import torch
+        >>> from diffusers_ext import CoPaintStableDiffusionPipeline
+
+        >>> pipe = CoPaintStableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> image, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64)
+        >>> mask[:, 16:48, 16:48] = 1  # white is painted
+        >>> images = pipe("a lake", image, mask, num_inference_steps=4, output_type="pt").images
+        >>> images.shape
+        torch.Size([1, 3, 64, 64])
+
+        ```
         """
         # 1. Check inputs
         if torch.is_inference_mode_enabled():

@@ -756,6 +756,22 @@ class ReSamplePipeline(HubMixin, DiffusionPipeline):
             ValueError: For arguments that do not fit each other or are out of range, before a model runs; for
                 latents that are not finite.
             RuntimeError: Within `torch.inference_mode`, where no gradient can be had.
+
+        Example:
+
+        ```py
+        >>> import torch
+        >>> from diffusers_ext import ReSamplePipeline
+
+        >>> pipe = ReSamplePipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> image, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64)
+        >>> mask[:, 16:48, 16:48] = 1  # white is painted
+        >>> short = {"num_inference_steps": 4, "num_pixel_steps": 2, "num_latent_steps": 2}
+        >>> images = pipe("a lake", image, mask, **short, output_type="pt").images
+        >>> images.shape
+        torch.Size([1, 3, 64, 64])
+
+        ```
         """
         # 1. Check inputs
         if torch.is_inference_mode_enabled():
