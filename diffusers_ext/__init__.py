@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 # public name -> the module that defines it
 _PUBLIC = {
     "ADMUNet2DModel": "pipelines.classifier_guidance",
+    "ClassifierGradient": "pipelines.classifier_guidance",
+    "ClassifierGuidanceGuider": "pipelines.classifier_guidance",
     "ClassifierGuidancePipeline": "pipelines.classifier_guidance",
     "ClipGuidance": "pipelines.classifier_guidance",
     "CoPaintPipeline": "pipelines.copaint",
