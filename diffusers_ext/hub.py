@@ -109,13 +109,14 @@ class HubMixin:
     Loading through the class itself uses the installed classes: no code of the repo runs, no `trust_remote_code` is
     needed, and it works offline from the cache.
 
-    **Model card.** The template is `<stem>.md` beside the pipeline's file or in `diffusers_ext.model_cards`, else a
-    short general one. Its YAML block holds the method's own metadata (`pipeline_tag`, `tags`, ...); its text is Jinja
-    (`trim_blocks`, `lstrip_blocks`) with these variables, empty where nothing is known, never `None`: `repo_id`,
-    `class_name`, `description` (the class docstring's first paragraph), `base_model`, `license`, `datasets` (a list),
-    `metrics` (a list of [`~huggingface_hub.EvalResult`]), `training` (a dict), `samples` (a file name in the repo),
-    `citation`, `versions` (a dict). A card carries a comment that says it was generated; where that comment is
-    missing, or where no `card` is given, an existing card keeps its text and only gets the metadata that it lacks.
+    **Model card.** The template is `<class name in snake case>.md` or else `<stem>.md`, beside the file of the class
+    or in `diffusers_ext.model_cards`; else a short general one. Its YAML block holds the method's own metadata
+    (`pipeline_tag`, `tags`, ...); its text is Jinja (`trim_blocks`, `lstrip_blocks`) with these variables, empty where
+    nothing is known, never `None`: `repo_id`, `class_name`, `description` (the class docstring's first paragraph),
+    `base_model`, `license`, `datasets` (a list), `metrics` (a list of [`~huggingface_hub.EvalResult`]), `training` (a
+    dict), `samples` (a file name in the repo), `citation`, `versions` (a dict). A card carries a comment that says it
+    was generated; where that comment is missing, or where no `card` is given, an existing card keeps its text and only
+    gets the metadata that it lacks.
     """
 
     @classmethod
@@ -169,7 +170,8 @@ class HubMixin:
         _recover(pretrained_model_name_or_path)
         config = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         # from_pretrained() looks up its components by this dict: an entry that names a class of the pipeline's own
-        # module is pointed there, so that the file in the component's folder is not run.
+        # module is pointed there, so that the file in the component's folder is not run. So is one that another
+        # pipeline of this package has published: its scheduler is converted, its networks are used.
         for entry in (config if isinstance(config, dict) else config[0]).values():
             if isinstance(entry, list) and len(entry) == 2 and entry[0] not in LOADABLE_CLASSES:
                 for base in cls.__mro__:
@@ -177,6 +179,10 @@ class HubMixin:
                     if base is not HubMixin and issubclass(base, HubMixin) and inspect.isclass(known):
                         entry[:] = [known.__module__, known.__name__]
                         break
+                else:
+                    module = diffusers_ext._PUBLIC.get(str(entry[1]), "")
+                    if _CODE.fullmatch(str(entry[0])) and module.startswith("pipelines."):
+                        entry[:] = [f"{__package__}.{module}", entry[1]]
         return config
 
     @classmethod
@@ -184,6 +190,7 @@ class HubMixin:
         """Make this pipeline from the components of another one, which are shared, and keep their dtypes.
 
         diffusers casts both pipelines to float32 unless a dtype is given; here every weight keeps the one that it has.
+        diffusers leaves out networks of a subclass of what the new pipeline is annotated with; here they come along.
 
         Args:
             pipeline (`DiffusionPipeline`):
@@ -194,6 +201,14 @@ class HubMixin:
         Returns:
             `DiffusionPipeline`: An instance of this class.
         """
+        if kwargs.get("custom_pipeline") is None:
+            expected = {
+                name: tuple(kind for kind in kinds if inspect.isclass(kind))
+                for name, kinds in cls._get_signature_types().items()
+            }
+            for name, component in pipeline.components.items():
+                if isinstance(component, torch.nn.Module) and isinstance(component, expected.get(name, ())):
+                    kwargs.setdefault(name, component)
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
         tensors = [
@@ -546,8 +561,11 @@ def _generated_card(cls: type, repo_id: str, card: dict[str, Any] | None, base_m
         raise TypeError(f"`card` is a {type(card).__name__}, but must be a `dict` such as {{'license': 'mit'}}.")
     card = dict(card or {})
     source = _source(cls)
-    name = f"{_stem(source)}.md" if source else ""
-    texts = [source.with_name(name), importlib.resources.files("diffusers_ext.model_cards") / name] if source else []
+    # a model that is published alone has its own: NoisyClassifier's is noisy_classifier.md
+    own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+    names = [f"{own}.md", f"{_stem(source)}.md"] if source else []
+    packaged = importlib.resources.files("diffusers_ext.model_cards")
+    texts = [folder / name for name in names for folder in (source.parent, packaged)]
     template = ModelCard(next((text.read_text(encoding="utf-8") for text in texts if text.is_file()), _TEMPLATE))
 
     metrics, training = card.pop("metrics", None) or [], card.pop("training", None) or {}

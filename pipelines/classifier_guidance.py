@@ -154,10 +154,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 f"`block_out_channels` is {tuple(channels)} with {len(down_block_types)} `down_block_types` and "
                 f"`norm_num_groups`={norm_num_groups}: give one block per entry, and multiples of the groups."
             )
-        if channels[-1] % attention_head_dim:
+        attend = ["Attn" in block_type for block_type in down_block_types[:-1]] + [True]  # the middle always does
+        if any(width % attention_head_dim for width, here in zip(channels, attend, strict=True) if here):
             raise ValueError(
-                f"`attention_head_dim` is {attention_head_dim}, but must divide the {channels[-1]} channels of the "
-                "last block."
+                f"`attention_head_dim` is {attention_head_dim}, but must divide the `block_out_channels`="
+                f"{tuple(channels)} of all blocks with attention, and of the last."
             )
         if sample_size % 2 ** (levels - 1):
             raise ValueError(
@@ -320,13 +321,15 @@ class ADMUNet2DModel(UNet2DModel):
         time_proj_dim: int | None = None,
     ) -> None:
         if num_attention_heads is not None:
-            if any(width % num_attention_heads for width in block_out_channels):
+            attend = ["Attn" in block_type for block_type in down_block_types[:-1]] + [True]  # the middle always does
+            widths = [width for width, here in zip(block_out_channels, attend, strict=True) if here]
+            if any(width % num_attention_heads for width in widths):
                 raise ValueError(
-                    f"`num_attention_heads` is {num_attention_heads}, but must divide all of `block_out_channels`="
-                    f"{tuple(block_out_channels)}."
+                    f"`num_attention_heads` is {num_attention_heads}, but must divide the `block_out_channels`="
+                    f"{tuple(block_out_channels)} of all blocks with attention, and of the last."
                 )
             # Any divisor of all of them lets the parent build its layers; their heads are set below.
-            attention_head_dim = math.gcd(*(width // num_attention_heads for width in block_out_channels))
+            attention_head_dim = math.gcd(*(width // num_attention_heads for width in widths))
         if time_proj_dim is not None:
             time_embedding_dim = 4 * time_proj_dim
         super().__init__(
@@ -804,8 +807,11 @@ class GuidedScheduler(SchedulerMixin, ConfigMixin):
             [`GuidedSchedulerOutput`] or `tuple`: The next sample and the prediction of the clean image.
 
         Raises:
-            ValueError: For a timestep that is not in `timesteps`, and channels that do not fit `variance_type`.
+            ValueError: For a timestep that is not in `timesteps`, an unknown form, and channels that do not fit
+                `variance_type`.
         """
+        if guidance_form not in ("mean", "epsilon"):
+            raise ValueError(f"`guidance_form` is {guidance_form!r}, but must be 'mean' or 'epsilon'.")
         timestep = int(timestep)
         if timestep not in self._next:
             raise ValueError(
@@ -1304,6 +1310,11 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
 
     # Copied from pipelines.copaint.CoPaintPipeline._check_output
     def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
+        if not hasattr(self.scheduler, "_levels"):
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__}, which was put in place of the pipeline's own: "
+                "make the pipeline anew with it, by `from_pipe(pipe, scheduler=...)`, which converts it."
+            )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]

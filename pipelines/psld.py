@@ -23,10 +23,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from transformers import CLIPTextModel, CLIPTokenizer
+
+logger = logging.get_logger(__name__)
 
 try:  # saving and publishing; a copy of this file in a Hub repo works without
     import diffusers_ext.hub as _hub
@@ -190,9 +192,10 @@ class PSLDScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`timesteps` is {levels}, but must be at least two timesteps from {limit - 1} to 0, falling."
                 )
-        if jump_length < 1 or jump_n_sample < 1:
+        if any(not isinstance(number, int) or number < 1 for number in (jump_length, jump_n_sample)):
             raise ValueError(
-                f"`jump_length` is {jump_length} and `jump_n_sample` is {jump_n_sample}, but both must be at least 1."
+                f"`jump_length` is {jump_length} and `jump_n_sample` is {jump_n_sample}, but both must be whole "
+                "numbers from 1."
             )
         left = dict.fromkeys(range(0, len(levels) - jump_length, jump_length), jump_n_sample - 1)
         place = len(levels) - 1  # counted from the clean end
@@ -305,8 +308,8 @@ class PSLDScheduler(SchedulerMixin, ConfigMixin):
         """
         if next_timestep >= timestep:
             raise ValueError(
-                f"`next_timestep` is {next_timestep}, but a step from {timestep} must lead to less noise: use "
-                "`undo_step`."
+                f"`next_timestep` is {next_timestep}, but a step from {timestep} must lead to less noise: give one "
+                "below it."
             )
         pred_original_sample, noise_pred = self.predict(model_output, timestep, sample)
         level, next_level = self._levels[int(timestep)], self._levels[int(next_timestep)]
@@ -448,8 +451,9 @@ def prepare_keep_mask(
     mask_image: Image.Image | np.ndarray | torch.Tensor | list, batch_size: int, height: int, width: int
 ) -> torch.Tensor:
     r"""
-    The mask of known pixels from one in diffusers' convention, where white is repainted. Grey is split at 0.5; another
-    size is resized to its nearest pixels, if it has the same proportions.
+    The mask of known pixels from one in diffusers' convention, where white is repainted. Grey is split at 0.5. A mask
+    of another size, if it has the same proportions, is resized: when it shrinks, a pixel is repainted if any white
+    falls into it.
 
     Args:
         mask_image: As `image` in [`to_batch`], one for all images or one each; 1 (white) = repaint.
@@ -475,7 +479,10 @@ def prepare_keep_mask(
             "must agree in size, or at least in proportions."
         )
     keep = (mask < 0.5).float()
-    keep = torch.nn.functional.interpolate(keep, (height, width), mode="nearest-exact")
+    if keep.shape[-2] > height:
+        keep = 1 - torch.nn.functional.adaptive_max_pool2d(1 - keep, (height, width))
+    else:
+        keep = torch.nn.functional.interpolate(keep, (height, width), mode="nearest-exact")
     return keep.expand(batch_size, -1, -1, -1)
 
 
@@ -516,7 +523,8 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
         ValueError: If U-Net, autoencoder and scheduler are of kinds that do not fit.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    # The U-Net last: the gradient goes back through it after the decoder has run.
+    model_cpu_offload_seq = "text_encoder->vae->unet"
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
     def __init__(
@@ -539,10 +547,23 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
                 f"`unet` has {unet.config.in_channels} input and {unet.config.out_channels} output channels: it must "
                 "have as many outputs as inputs."
             )
+        if unet.config.get("addition_embed_type") is not None or unet.config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                "`unet` needs conditions beside the prompt (`addition_embed_type` of Stable Diffusion XL, or "
+                "`time_cond_proj_dim` of consistency models): take a model of Stable Diffusion 1 or 2."
+            )
+        width = None if text_encoder is None else text_encoder.config.hidden_size
+        if width not in (None, unet.config.cross_attention_dim):
+            raise ValueError(
+                f"`text_encoder` gives {width} channels, but `unet` takes {unet.config.cross_attention_dim} "
+                "(`cross_attention_dim`): they must come from the same model."
+            )
         if all(base.__name__ != "PSLDScheduler" for base in type(scheduler).__mro__):
             off = {"clip_sample": False, "thresholding": False}  # meant for pixels
             stock = scheduler
-            scheduler = PSLDScheduler.from_config(scheduler.config, **off)
+            # Without that entry diffusers would put this class's defaults in place of the stock scheduler's.
+            config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+            scheduler = PSLDScheduler.from_config(config, **off)
             check_schedule(stock, scheduler)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
@@ -573,6 +594,11 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
 
     # Copied from pipelines.copaint.CoPaintPipeline._check_output
     def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
+        if not hasattr(self.scheduler, "_levels"):
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__}, which was put in place of the pipeline's own: "
+                "make the pipeline anew with it, by `from_pipe(pipe, scheduler=...)`, which converts it."
+            )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
@@ -590,6 +616,12 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
             truncation=True,
             return_tensors="pt",
         )
+        longest = max(map(len, self.tokenizer(prompts).input_ids))
+        if longest > self.tokenizer.model_max_length:
+            logger.warning(
+                f"`prompt` has {longest} tokens, but CLIP reads {self.tokenizer.model_max_length}: the rest is cut "
+                "off."
+            )
         return self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
 
     # Copied from pipelines.copaint_stable_diffusion.CoPaintStableDiffusionPipeline._prepare_prompts
@@ -615,12 +647,27 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
                     raise ValueError("`prompt` is missing: give one (it may be empty), or `prompt_embeds`.")
                 text = ""
             texts = [text] if isinstance(text, str) else text
+            if embeds is None and not (isinstance(texts, list | tuple) and all(isinstance(x, str) for x in texts)):
+                raise TypeError(f"`{name}` is {text!r}, but must be a `str` or a list of them.")
+            if embeds is None and self.text_encoder is None and (name == "prompt" or guided):
+                raise ValueError(f"`{name}_embeds` are missing: this pipeline has no `text_encoder`.")
+            width = self.unet.config.cross_attention_dim
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[-1] != width):
+                raise ValueError(
+                    f"`{name}_embeds` has shape {tuple(embeds.shape)}, but must be (batch, tokens, {width})."
+                )
             number = len(texts) if embeds is None else embeds.shape[0]
             if number not in (1, count):
                 raise ValueError(f"`{name}` has {number} entries for {count} images: give one for all, or one each.")
             rows[name] = (texts, embeds)
         if not guided:
             del rows["negative_prompt"]
+        lengths = {
+            name: self.tokenizer.model_max_length if embeds is None else embeds.shape[1]
+            for name, (_, embeds) in rows.items()
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"prompts have {lengths} tokens, but must have the same number: pad the embeddings.")
 
         def embed() -> torch.Tensor:
             parts = []
@@ -690,8 +737,8 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
             eta (`float`, *optional*, defaults to 0.0): 0 for deterministic steps, 1 for ancestral ones.
             paste_known (`bool`, *optional*, defaults to `True`): Whether known pixels are put in at the end.
             feather (`int`, *optional*, defaults to 8):
-                Width in pixels of the seam, inside the known part, over which original and result are mixed; 0 keeps
-                every known pixel exactly.
+                Width in pixels of the seam, inside the known part, over which original and result are mixed by the
+                distance to the hole: known parts that are thinner stay mixed. 0 keeps every known pixel exactly.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Fills per image.
             latents (`torch.Tensor`, *optional*): Noise to start from, in the shape of the latents.
             prompt_embeds (`torch.Tensor`, *optional*): In place of `prompt`, shape `(batch, tokens, channels)`.
@@ -798,12 +845,15 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
                 return_dict=False,
             )
             latents = latents - gradient
+            if not latents.isfinite().all():
+                raise ValueError(
+                    f"the latents are not finite at step {step}, timestep {timestep}: choose smaller `omega` and "
+                    "`gamma`, or run the networks in float32."
+                )
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
-        if not latents.isfinite().all():
-            raise ValueError("the latents are not finite: choose smaller weights, or run the networks in float32.")
 
         # 4. Clean latents, and their image
         least = trajectory[-1][1]
@@ -814,12 +864,16 @@ class PSLDPipeline(HubMixin, DiffusionPipeline):
         else:
             result = decode(self.vae, latents)
             if paste_known:
-                # 0 at the edge of the hole, 1 from `feather` pixels on
-                inside = torch.nn.functional.avg_pool2d(
-                    torch.nn.functional.pad(keep_mask, (feather,) * 4, mode="replicate"), 2 * feather + 1, stride=1
-                )
-                weights = keep_mask * (2 * inside - 1).clamp(0, 1)
+                # A ramp from 1 / (feather + 1) beside the hole to 1 at `feather` + 1 pixels from it
+                weights = inside = keep_mask
+                for _ in range(feather):
+                    inside = 1 - torch.nn.functional.max_pool2d(1 - inside, 3, stride=1, padding=1)
+                    weights = weights + inside
+                weights = weights / (feather + 1)
                 result = weights * images + (1 - weights) * result
+        if not result.isfinite().all():
+            raise ValueError("the result is not finite: run the networks in float32, the autoencoder above all.")
+        if output_type != "latent":
             result = self.image_processor.postprocess(result, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

@@ -207,9 +207,10 @@ class RePaintDDPMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`timesteps` is {levels}, but must be at least two timesteps from {limit - 1} to 0, falling."
                 )
-        if jump_length < 1 or jump_n_sample < 1:
+        if any(not isinstance(number, int) or number < 1 for number in (jump_length, jump_n_sample)):
             raise ValueError(
-                f"`jump_length` is {jump_length} and `jump_n_sample` is {jump_n_sample}, but both must be at least 1."
+                f"`jump_length` is {jump_length} and `jump_n_sample` is {jump_n_sample}, but both must be whole "
+                "numbers from 1."
             )
         left = dict.fromkeys(range(0, len(levels) - jump_length, jump_length), jump_n_sample - 1)
         place = len(levels) - 1  # counted from the clean end
@@ -468,8 +469,9 @@ def prepare_keep_mask(
     mask_image: Image.Image | np.ndarray | torch.Tensor | list, batch_size: int, height: int, width: int
 ) -> torch.Tensor:
     r"""
-    The mask of known pixels from one in diffusers' convention, where white is repainted. Grey is split at 0.5; another
-    size is resized to its nearest pixels, if it has the same proportions.
+    The mask of known pixels from one in diffusers' convention, where white is repainted. Grey is split at 0.5. A mask
+    of another size, if it has the same proportions, is resized: when it shrinks, a pixel is repainted if any white
+    falls into it.
 
     Args:
         mask_image: As `image` in [`to_batch`], one for all images or one each; 1 (white) = repaint.
@@ -495,7 +497,10 @@ def prepare_keep_mask(
             "must agree in size, or at least in proportions."
         )
     keep = (mask < 0.5).float()
-    keep = torch.nn.functional.interpolate(keep, (height, width), mode="nearest-exact")
+    if keep.shape[-2] > height:
+        keep = 1 - torch.nn.functional.adaptive_max_pool2d(1 - keep, (height, width))
+    else:
+        keep = torch.nn.functional.interpolate(keep, (height, width), mode="nearest-exact")
     return keep.expand(batch_size, -1, -1, -1)
 
 
@@ -604,6 +609,11 @@ class RePaintDDPMPipeline(HubMixin, DiffusionPipeline):
 
     # Copied from pipelines.copaint.CoPaintPipeline._check_output
     def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
+        if not hasattr(self.scheduler, "_levels"):
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__}, which was put in place of the pipeline's own: "
+                "make the pipeline anew with it, by `from_pipe(pipe, scheduler=...)`, which converts it."
+            )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]

@@ -30,6 +30,7 @@ from diffusers_ext import (
     ClassifierGuidanceGuider,
     ClassifierGuidancePipeline,
     ClipGuidance,
+    CoPaintPipeline,
     GuidedScheduler,
     NoisyClassifier,
 )
@@ -357,6 +358,8 @@ def test_channels_must_fit_the_variance():
     for kind, channels in (("learned_range", 3), ("fixed_small", 6)):
         with pytest.raises(ValueError, match=f"`model_output` has {channels} channels.*'learned_range'"):
             GuidedScheduler(variance_type=kind).step(torch.zeros(1, channels, 2, 2), 5, torch.zeros(1, 3, 2, 2))
+    with pytest.raises(ValueError, match="`guidance_form` is 'mu'"):
+        GuidedScheduler().step(torch.zeros(1, 3, 2, 2), 5, torch.zeros(1, 3, 2, 2), guidance_form="mu")
     with pytest.raises(ValueError, match="`timestep` is 7.*take one of it"):
         scheduler = GuidedScheduler()
         scheduler.set_timesteps(5)
@@ -415,6 +418,7 @@ def test_classifier_is_saved_and_differentiable(pool, norm, tmp_path):
         ({"down_block_types": ("DownBlock2D",)}, "1 `down_block_types`"),
         ({"norm_num_groups": 3}, "`norm_num_groups`=3"),
         ({"attention_head_dim": 5}, "`attention_head_dim` is 5"),
+        ({"attention_head_dim": 16}, "of all blocks with attention"),  # divides the last width alone
         ({"sample_size": 7}, "`sample_size` is 7"),
         ({"id2label": {0: "a"}}, "`id2label` has 1 entries for `num_classes`=4"),
     ],
@@ -744,6 +748,23 @@ def test_stock_checkpoints_load(tmp_path):
     assert run(pipe, "cat", timestep_respacing="ddim5").shape == (1, 1, 8, 8)
     shared = ClassifierGuidancePipeline.from_pipe(DDPMPipeline(pipe.unet, DDPMScheduler()), classifier=pipe.classifier)
     assert shared.unet is pipe.unet and shared.scheduler.config.sampler == "ancestral"
+
+
+def test_other_pipelines_load_the_folder(pipe, tmp_path):
+    """Its scheduler and networks are this package's: CoPaint and its like take them without running its code."""
+    blocks = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
+    unet = module.ADMUNet2DModel(8, 1, 2, **(SMALL | blocks), num_attention_heads=4).eval()
+    pipe = ClassifierGuidancePipeline(unet, DDIMScheduler(), pipe.classifier)
+    pipe.save_pretrained(tmp_path)
+    loaded, shared = CoPaintPipeline.from_pretrained(tmp_path), CoPaintPipeline.from_pipe(pipe)
+    image, mask, noise = torch.rand(1, 1, 8, 8), torch.zeros(8, 8), torch.randn(1, 1, 8, 8)
+    mask[:, 4:] = 1
+    images = []
+    for each in (loaded, shared):
+        assert type(each.unet) is module.ADMUNet2DModel
+        each.set_progress_bar_config(disable=True)
+        images.append(each(image, mask, num_inference_steps=3, latents=noise, output_type="pt").images)
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_classifier_the_folder_is_complete(pipe, tmp_path):

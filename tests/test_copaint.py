@@ -332,6 +332,13 @@ def test_white_is_filled_whatever_holds_the_mask():
         assert torch.equal(prepare_keep_mask(form, 2, 8, 8), expected)
 
 
+def test_a_larger_mask_loses_no_hole():
+    mask = torch.zeros(64, 64)
+    mask[:, :2] = 1  # half a pixel wide at 16 x 16
+    keep = prepare_keep_mask(mask, 1, 16, 16)
+    assert (keep[..., 0] == 0).all() and (keep[..., 1:] == 1).all()
+
+
 def test_grey_models_get_grey_images():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
@@ -646,7 +653,7 @@ BAD_CALLS = {
     "word": (lambda p: p(IMAGE, MASK, learning_rate="0.1"), "TypeError: `learning_rate` is '0.1'.*a number"),
     "no decay": (lambda p: p(IMAGE, MASK, learning_rate_decay=0), "`learning_rate_decay` is 0.*at least 1e-06"),
     "eta": (lambda p: p(IMAGE, MASK, eta=1.5), "`eta` is 1.5.*at most 1"),
-    "no jump": (lambda p: p(IMAGE, MASK, jump_length=0), "`jump_length` is 0.*at least 1"),
+    "no jump": (lambda p: p(IMAGE, MASK, jump_length=0), "`jump_length` is 0.*from 1"),
     "rising timesteps": (lambda p: p(IMAGE, MASK, timesteps=[0, 500]), r"`timesteps` is \[0, 500\].*falling"),
     "timesteps and steps": (lambda p: p(IMAGE, MASK, 10, timesteps=[500, 0]), "both given"),
     "no fills": (lambda p: p(IMAGE, MASK, num_images_per_prompt=0), "`num_images_per_prompt` is 0.*at least 1"),

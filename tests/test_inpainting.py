@@ -370,7 +370,7 @@ BAD_CALLS = {
     "measurement_noise": ({"measurement_noise": -1.0}, "`measurement_noise` is -1.0"),
     "step_size": ({"step_size": -1.0}, "`step_size` is -1.0.*at least 0"),
     "travel": ({"travel_length": 0}, "`travel_length` is 0.*at least 1"),
-    "jump": ({"jump_n_sample": 0}, "`jump_n_sample` is 0.*at least 1"),
+    "jump": ({"jump_n_sample": 0}, "`jump_n_sample` is 0.*from 1"),
     "mode": ({"mode": "deblur"}, "`mode` is 'deblur'.*'super_resolution'"),
     "mask to enlarge": ({"mode": "super_resolution"}, "`mask_image` is given.*super-resolution none"),
     "no mask": ({"mask_image": None, "mode": "inpaint"}, "`mask_image` is missing.*inpainting needs one"),

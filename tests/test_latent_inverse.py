@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from contract import PipelineContract, no_model_runs
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from hub_server import HubServer
 from test_copaint_stable_diffusion import IMAGE, MASK, components, tokenizer  # noqa: F401
 
@@ -259,3 +267,189 @@ def test_bad_input_is_refused_before_a_model_runs(pipe, arguments, message):
 def test_networks_that_were_trained_to_inpaint_are_refused(method, tokenizer):  # noqa: F811
     with pytest.raises(ValueError, match="9 input channels"):
         getattr(diffusers_ext, METHODS[method][0])(**components(tokenizer, in_channels=9))
+
+
+# ------------------------------------------------------------------------------- what the three latent methods share
+
+
+THREE = {"copaint_stable_diffusion": ("CoPaintStableDiffusionPipeline", {"num_inference_steps": 4}), **METHODS}
+
+
+@pytest.fixture(params=THREE)
+def one(request, tokenizer):  # noqa: F811
+    """Each of the three, with its short settings."""
+    name, settings = THREE[request.param]
+    pipe = getattr(diffusers_ext, name)(**components(tokenizer))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, settings | {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+
+
+class _Moving(ModelHook):
+    """As a model's hook of CPU offload, which sends the model before it away; one that is away has no weights."""
+
+    def __init__(self, model, before):
+        self.model, self.before, self.weights = model, before, None
+
+    def leave(self):
+        if self.weights is None:
+            self.weights = [parameter.data for parameter in self.model.parameters()]
+            for parameter in self.model.parameters():
+                parameter.data = torch.full_like(parameter.data, torch.nan)
+
+    def pre_forward(self, module, *args, **kwargs):
+        if self.before is not None:
+            self.before.leave()
+        if self.weights is not None:
+            for parameter, weights in zip(self.model.parameters(), self.weights, strict=True):
+                parameter.data = weights
+            self.weights = None
+        return args, kwargs
+
+
+@pytest.mark.parametrize("more", [{}, {"loss_space": "pixel"}], ids=["", "pixel"])
+def test_gradients_survive_the_order_of_offload(one, more):
+    pipe, settings = one
+    if more and type(pipe).__name__ != "CoPaintStableDiffusionPipeline":
+        pytest.skip("has no such argument")
+    expected = pipe("ab", IMAGE, MASK, **settings, **more).images
+    before = None
+    for name in pipe.model_cpu_offload_seq.split("->"):
+        before = _Moving(getattr(pipe, name), before)
+        add_hook_to_module(before.model, before)
+        if name == "vae":  # diffusers' own methods of it do not go through `forward`
+            for method in ("encode", "decode"):
+                original = getattr(pipe.vae, method)
+
+                def moved(*args, hook=before, original=original, **kwargs):
+                    hook.pre_forward(hook.model)
+                    return original(*args, **kwargs)
+
+                setattr(pipe.vae, method, moved)
+    settings["generator"] = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(pipe("ab", IMAGE, MASK, **settings, **more).images, expected)
+
+
+def test_what_is_in_the_hole_does_not_matter(one):
+    pipe, settings = one
+    other = IMAGE.clone()
+    other[..., 8:] = 1 - other[..., 8:]
+    images = []
+    for image in (IMAGE, other):
+        settings["generator"] = torch.Generator().manual_seed(0)
+        images.append(pipe("ab", image, MASK, **settings).images)
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("stock", [DDPMScheduler, DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_stock_schedulers_keep_their_own_defaults(one, stock, tokenizer):  # noqa: F811
+    scheduler = stock()
+    converted = type(one[0])(**components(tokenizer, scheduler=scheduler)).scheduler
+    torch.testing.assert_close(converted.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_a_scheduler_that_was_put_in_is_named(one):
+    pipe, settings = one
+    pipe.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler.*from_pipe"), no_model_runs(pipe):
+        pipe("ab", IMAGE, MASK, **settings)
+    again = type(pipe).from_pipe(pipe, scheduler=pipe.scheduler)
+    again.set_progress_bar_config(disable=True)
+    assert again("ab", IMAGE, MASK, **settings).images.isfinite().all()
+
+
+def test_seams_are_ramps_by_distance(one):
+    pipe, settings = one
+    mask = torch.ones(16, 16)
+    mask[:, 4:8] = 0  # four known columns, 1 and 2 pixels from the holes
+    noise, images = torch.randn(2, 4, 8, 8), {}
+    for feather in (0, 3):
+        settings["generator"] = torch.Generator().manual_seed(0)
+        images[feather] = pipe("ab", IMAGE, mask, latents=noise, feather=feather, **settings).images
+    settings["generator"] = torch.Generator().manual_seed(0)
+    own = pipe("ab", IMAGE, mask, latents=noise, paste_known=False, **settings).images
+    torch.testing.assert_close(images[0][..., 4:8], IMAGE[..., 4:8])
+    weights = torch.tensor([1, 2, 2, 1]) / 4
+    mixed = (weights * (2 * IMAGE[..., 4:8] - 1) + (1 - weights) * (2 * own[..., 4:8] - 1)) / 2 + 0.5
+    inside = (own > 0) & (own < 1)  # elsewhere the output was clamped
+    torch.testing.assert_close(images[3][..., 4:8][inside[..., 4:8]], mixed[inside[..., 4:8]], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_finite_is_named(one):
+    pipe, settings = one
+    with torch.no_grad():
+        bias = pipe.unet.conv_out.bias.clone()
+        pipe.unet.conv_out.bias[:] = torch.nan
+    with pytest.raises(ValueError, match="not finite at step 0"):
+        pipe("ab", IMAGE, MASK, **settings)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[:] = bias
+    if "num_latent_steps" in settings:
+        with pytest.raises(ValueError, match="not finite with the learning rate 10000000000"):
+            pipe("ab", IMAGE, MASK, **settings | {"latent_learning_rate": 1e10})
+    elif type(pipe).__name__ == "CoPaintStableDiffusionPipeline":
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.bias[:] = torch.nan
+        with pytest.raises(ValueError, match="the result is not finite.*autoencoder"):
+            pipe("ab", IMAGE, MASK, **settings)
+
+
+def test_half_precision_gradients_of_large_images(tokenizer):  # noqa: F811
+    """Of a mean over 512 x 512 pixels float16 has no gradient; the optimization works all the same."""
+    pipe = diffusers_ext.ReSamplePipeline(**components(tokenizer))
+    images, keep, start = torch.zeros(1, 3, 512, 512), torch.ones(1, 1, 512, 512), torch.full((1, 3, 64, 64), 0.005)
+
+    def enlarge(latents):
+        return torch.nn.functional.interpolate(latents.half(), scale_factor=8).float()
+
+    with torch.no_grad():
+        moved = pipe._make_consistent(start, enlarge, keep, images, 4, 1e-3, 1e-9)
+    assert (moved < 0.6 * start).all(), "weight decay alone would leave 0.99996 of it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompt": 3}, TypeError, "`prompt` is 3"),
+        ({"prompt": [3, 4]}, TypeError, r"`prompt` is \[3, 4\]"),
+        ({"negative_prompt": 3}, TypeError, "`negative_prompt` is 3"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(8, 16)}, ValueError, r"`prompt_embeds` has shape \(8, 16\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 8, 5)}, ValueError, r"must be \(batch, tokens, 16\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 5, 16)}, ValueError, "'prompt': 5.*pad the embeddings"),
+    ],
+)
+def test_bad_prompts_are_refused_before_a_model_runs(one, arguments, error, message):
+    pipe, settings = one
+    with pytest.raises(error, match=message), no_model_runs(pipe):
+        pipe(**({"prompt": "a", "image": IMAGE, "mask_image": MASK} | settings | arguments))
+
+
+def test_long_prompts_are_cut_with_a_warning(one, caplog, monkeypatch):
+    pipe, settings = one
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("diffusers_ext"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        pipe("a b c d e f g h i j", IMAGE, MASK, **settings)
+    assert "`prompt` has 12 tokens, but CLIP reads 8" in caplog.text
+
+
+def test_without_a_text_encoder(one):
+    pipe, settings = one
+    embeds = pipe._encode_prompt(["ab"])
+    bare = type(pipe)(**(pipe.components | {"text_encoder": None, "tokenizer": None}))
+    bare.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="`negative_prompt_embeds` are missing"), no_model_runs(bare):
+        bare(None, IMAGE, MASK, prompt_embeds=embeds, **settings)
+    images = bare(None, IMAGE, MASK, prompt_embeds=embeds, negative_prompt_embeds=embeds, **settings).images
+    assert images.isfinite().all()
+
+
+def test_other_families_are_refused(one, tokenizer):  # noqa: F811
+    parts = components(tokenizer)
+    narrow = components(tokenizer, cross_attention_dim=8)
+    consistency = components(tokenizer, time_cond_proj_dim=4)
+    for wrong, message in (
+        (narrow, "gives 16 channels, but `unet` takes 8"),
+        (consistency, "Stable Diffusion 1 or 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            type(one[0])(**(parts | {"unet": wrong["unet"]}))
