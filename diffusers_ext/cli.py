@@ -19,6 +19,11 @@ _COMMANDS = {
     "convert": (None, "turn a checkpoint that a method's authors published into a diffusers folder"),
 }
 _CONVERTERS = {
+    "glide": ("convert.glide", "a checkpoint of GLIDE (https://huggingface.co/papers/2112.10741)"),
+    "guided-diffusion": (
+        "convert.guided_diffusion",
+        "a U-Net or classifier of guided-diffusion (https://huggingface.co/papers/2105.05233)",
+    ),
     "pdae": ("convert.pdae", "a checkpoint of PDAE (https://huggingface.co/papers/2212.12990)"),
 }
 
