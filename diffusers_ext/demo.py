@@ -1,7 +1,8 @@
 """`diffusers-ext demo`: from real data to a published PDAE that somebody else loads, with pictures and numbers.
 
 Steps that a user would take with one command or call each: train a base model, train PDAE on it, load the result in a
-process that has only diffusers, measure it on held-out digits, draw it, fill holes in digits with the base model.
+process that has only diffusers, measure it on held-out digits, draw it, fill holes in digits with the base model, and
+steer the base model by a classifier.
 """
 
 import argparse
@@ -12,16 +13,18 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import DDIMPipeline
 from diffusers.utils.logging import set_verbosity_error
 
 from diffusers_ext.data import load_image_dataset
 from diffusers_ext.evaluation import cli as evaluation
 from diffusers_ext.evaluation.report import image_grid
+from diffusers_ext.pipelines.classifier_guidance import ClassifierGuidancePipeline, NoisyClassifier
 from diffusers_ext.pipelines.copaint import CoPaintPipeline
 from diffusers_ext.pipelines.pdae import PDAEPipeline
 from diffusers_ext.pipelines.repaint import RePaintDDPMPipeline
 from diffusers_ext.pipelines.replacement import ReplacementPipeline
-from diffusers_ext.training import train_pdae, train_unconditional
+from diffusers_ext.training import train_noisy_classifier, train_pdae, train_unconditional
 
 # What somebody runs who has only diffusers. `None` in `sys.modules` makes the import fail, installed or not.
 _READER = """
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     """
     started = time.monotonic()
     folder = args.output_dir or Path("demo-fast" if args.fast else "demo")
-    base, pdae = folder / "base", folder / "pdae"
+    base, pdae, classifier = folder / "base", folder / "pdae", folder / "classifier"
     steps = 300 if args.fast else 1500
     recipe = {
         "dataset_name": "digits",
@@ -78,13 +81,20 @@ def run(args: argparse.Namespace) -> None:
         "validation_steps": steps,
         "report_to": "none",
     }
+    classifier_recipe = recipe | {
+        "max_train_steps": steps // 3,
+        "validation_steps": steps // 3,
+        "lr_scheduler": "linear",
+        "adam_weight_decay": 0.05,
+        "use_ema": False,
+    }
     set_verbosity_error()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # networks of this size gain little by more, and lose much where cores are busy
     try:
         # 1. Train
-        for part in (base, pdae):
-            _check_recipe(part, recipe)
+        for part, wanted in ((base, recipe), (pdae, recipe), (classifier, classifier_recipe)):
+            _check_recipe(part, wanted)
         if not _is_finished(base) and _is_finished(pdae):
             raise ValueError(f"{pdae} was trained on a model that {base} no longer holds: delete {pdae}.")
         if _is_finished(base):
@@ -112,6 +122,20 @@ def run(args: argparse.Namespace) -> None:
                     latent_dim=32,
                     random_flip=False,
                     **recipe,
+                )
+            )
+        if _is_finished(classifier):
+            print(f"Using the classifier in {classifier}")
+        else:
+            print(f"Training a classifier of noisy digits: {steps // 3} steps")
+            resume = "latest" if any(classifier.glob("checkpoint-*")) else None
+            train_noisy_classifier.main(
+                train_noisy_classifier.NoisyClassifierArguments(
+                    output_dir=str(classifier),
+                    resume_from_checkpoint=resume,
+                    pretrained_model_name_or_path=str(base),
+                    random_flip=False,
+                    **classifier_recipe,
                 )
             )
 
@@ -157,22 +181,38 @@ def run(args: argparse.Namespace) -> None:
             "replacement": (ReplacementPipeline, {}),
             "RePaint": (RePaintDDPMPipeline, {}),
             "CoPaint": (CoPaintPipeline, {}),
-            "CoPaint-TT": (CoPaintPipeline, {"preset": "tt"}),
+            "CoPaint, swift": (CoPaintPipeline, {"preset": "swift"}),
         }
         for name, (pipeline, settings) in methods.items():
             painter = pipeline.from_pretrained(base)
             generator = torch.Generator().manual_seed(args.seed)
-            rows[name] = painter(whole, masks, generator=generator, output_type="pt", **steps, **settings).images
+            settings = ({} if "preset" in settings else steps) | settings
+            rows[name] = painter(whole, masks, generator=generator, output_type="pt", **settings).images
         image_grid(rows).save(folder / "inpainting.png")
-        print(f"wrote\n  {folder / 'inpainting.png'}")
+
+        # 5. Steer the same model, which knows no classes, to one of each
+        print("Drawing the ten digits with the classifier")
+        guided = ClassifierGuidancePipeline.from_pipe(
+            DDIMPipeline.from_pretrained(base), classifier=NoisyClassifier.from_pretrained(classifier)
+        )
+        noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(args.seed))
+        rows = {
+            f"scale {scale}": guided(
+                list(range(10)), guidance_scale=scale, timestep_respacing="ddim25", latents=noise, output_type="pt"
+            ).images
+            for scale in (0, 1, 3, 10)
+        }
+        image_grid(rows).save(folder / "guidance.png")
+        print(f"wrote\n  {folder / 'inpainting.png'}\n  {folder / 'guidance.png'}")
     finally:
         torch.set_num_threads(threads)
     print(f"\n{time.monotonic() - started:.0f} s. Pictures and numbers are in {folder}, the pipeline in {pdae}.")
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether `folder` holds the pipeline of a finished training."""
-    return (folder / "model_index.json").is_file() and (folder / "training_metrics.json").is_file()
+    """Whether `folder` holds the pipeline, or the model, of a finished training."""
+    saved = (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
+    return saved and (folder / "training_metrics.json").is_file()
 
 
 def _check_recipe(folder: Path, recipe: dict) -> None:

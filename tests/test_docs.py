@@ -11,13 +11,19 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from transformers import HfArgumentParser
 
-from diffusers_ext import PDAEEncoder, PDAEGradientEstimator, PDAEPipeline
+from diffusers_ext import NoisyClassifier, PDAEEncoder, PDAEGradientEstimator, PDAEPipeline
+from diffusers_ext.training.train_noisy_classifier import NoisyClassifierArguments
 from diffusers_ext.training.train_pdae import PDAEArguments
 from diffusers_ext.training.train_unconditional import UnconditionalArguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ARGUMENTS = {"train_pdae": PDAEArguments, "train_unconditional": UnconditionalArguments}
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+ARGUMENTS = {
+    "train_noisy_classifier": NoisyClassifierArguments,
+    "train_pdae": PDAEArguments,
+    "train_unconditional": UnconditionalArguments,
+}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -32,6 +38,10 @@ def demo(tiny_ddpm, tmp_path, monkeypatch):
     encoder = PDAEEncoder(8, 1, latent_dim=32, block_out_channels=(8, 8), attention_block=None, norm_num_groups=4)
     estimator = PDAEGradientEstimator.from_unet(tiny_ddpm.unet, latent_dim=32)
     PDAEPipeline(tiny_ddpm.unet, encoder, estimator, DDPMScheduler()).save_pretrained(folder / "pdae")
+    NoisyClassifier(
+        8, in_channels=1, num_classes=10, layers_per_block=1, block_out_channels=(8, 16), attention_head_dim=8,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "classifier")  # fmt: skip
     (folder / "images").mkdir()
     for i in range(2):
         Image.new("L", (8, 8), 60 * i).save(folder / "images" / f"{i}.png")
@@ -96,8 +106,11 @@ def test_make_targets_of_the_readme_exist():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
+    for folder, text in ((ROOT, README), (ROOT / "docs", RESULTS)):
+        targets = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", text)
+        assert targets
+        for target in targets:
+            assert (folder / target).is_file(), target
 
 
 def test_readme_is_short_and_finished():
@@ -107,7 +120,8 @@ def test_readme_is_short_and_finished():
 
 def test_pictures_are_pictures():
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert pictures
+    pictures += [f"docs/{name}" for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", RESULTS)]
+    assert len(pictures) >= 4
     for picture in pictures:
         with Image.open(ROOT / picture) as image:
             assert min(image.size) >= 64 and image.convert("L").getextrema()[0] < image.convert("L").getextrema()[1]

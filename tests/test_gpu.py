@@ -4,9 +4,16 @@ import statistics
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 
-from diffusers_ext import PDAEEncoder, PDAEGradientEstimator, PDAEPipeline, PDAEScheduler
+from diffusers_ext import (
+    ClassifierGuidancePipeline,
+    NoisyClassifier,
+    PDAEEncoder,
+    PDAEGradientEstimator,
+    PDAEPipeline,
+    PDAEScheduler,
+)
 from diffusers_ext.pipelines.pdae import unet_down, unet_up
 
 pytestmark = pytest.mark.gpu
@@ -189,3 +196,45 @@ def test_training_step_of_the_paper(mixed_precision, capsys):
     assert loss.isfinite()
     assert len(trunk_passes) == 13, "one trunk pass per step"
     assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+# ----------------------------------------------------------------------------------- gradients while others are guided
+
+
+def make_guided(dtype=torch.float32, classifier_dtype=None):
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+    unet = UNet2DModel(
+        32, 3, 6, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **blocks,
+    )  # fmt: skip
+    classifier = NoisyClassifier(32, num_classes=10, attention_head_dim=16, **blocks)
+    unet.to(dtype), classifier.to(classifier_dtype or dtype)
+    pipe = ClassifierGuidancePipeline(unet.eval(), DDIMScheduler(), classifier.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe):
+    noise = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    options = {"timestep_respacing": "ddim10", "guidance_scale": 5.0, "output_type": "latent"}
+    return pipe([0, 1, 2, 3], latents=noise, **options).images.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_guidance_in_half_precision(dtype):
+    expected = draw(make_guided().to("cuda"))
+    torch.testing.assert_close(draw(make_guided()), expected, rtol=0, atol=1e-3)
+    halved = draw(make_guided(dtype).to("cuda"))
+    assert halved.isfinite().all() and (halved - expected).abs().mean() < 0.05
+    only = draw(make_guided(classifier_dtype=dtype).to("cuda"))
+    assert (only - expected).abs().mean() < 0.02
+
+
+def test_guidance_with_model_offload():
+    """The classifier's gradient is taken while it is on the device."""
+    pipe = make_guided()
+    expected = draw(make_guided().to("cuda"))
+    pipe.enable_model_cpu_offload()
+    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-4)
+    assert pipe.unet.device.type == pipe.classifier.device.type == "cpu"
