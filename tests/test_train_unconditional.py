@@ -264,6 +264,10 @@ def test_learned_variance_and_classes(config_folder, tmp_path):
     card = ModelCard.load(tmp_path / "ddpm" / "README.md")
     assert "| classes | 0: 0, 1: 1, 2: 2," in card.text and "| label dropout | 0.1, to 10 |" in card.text
     assert "| variance | learned, weight of the variational bound 0.02 |" in card.text
+    names = {}
+    example = card.text.split("```py\n")[1].split("```")[0]
+    exec(example.replace('"ddpm"', repr(str(tmp_path / "ddpm"))).replace("=50", "=3"), names)
+    assert len(names["images"]) == 2 and names["images"][0].size == (8, 8)
     assert card.data.eval_results[0].metric_name == "epsilon loss + 0.02 x bound, 256 held out"
     assert (tmp_path / "ddpm" / "samples" / "samples-000060.png").is_file()
 
