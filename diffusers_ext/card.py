@@ -19,9 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--card",
         type=Path,
         help="JSON file with what the card says: license, datasets, tags, base_model, metrics, training, samples, "
-        "citation. Without it a card keeps its text and gets the metadata that it lacks",
+        "citation. `samples` is relative to the file's folder, or to the working directory. Without it a card keeps "
+        "its text and gets the metadata that it lacks",
     )
-    parser.add_argument("--repo_id", help="repo that the card speaks of; by default the folder's name")
+    parser.add_argument("--repo_id", "--repo-id", help="repo that the card speaks of; by default the folder's name")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,5 +47,8 @@ def run(args: argparse.Namespace) -> None:
         card = json.loads(args.card.read_text(encoding="utf-8"))
         if not isinstance(card, dict):
             raise ValueError(f"`--card {args.card}` holds a {type(card).__name__}, but must hold a JSON object.")
+        samples = args.card.parent / str(card.get("samples") or "")
+        if samples.is_file():
+            card["samples"] = samples
     cls.save_model_card(args.folder, args.repo_id, card)
     print(f"wrote {args.folder / 'README.md'}")

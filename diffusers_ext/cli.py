@@ -24,6 +24,7 @@ _CONVERTERS = {
         "convert.guided_diffusion",
         "a U-Net or classifier of guided-diffusion (https://huggingface.co/papers/2105.05233)",
     ),
+    "karlo-prior": ("convert.karlo_prior", "Karlo's prior, of unCLIP (https://huggingface.co/papers/2204.06125)"),
     "pdae": ("convert.pdae", "a checkpoint of PDAE (https://huggingface.co/papers/2212.12990)"),
 }
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     >>> main(["card", "no/such/folder"])
     2
+
     ```
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -60,18 +62,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Commands may load any pipeline of this package by its repo.
         importlib.import_module("diffusers_ext.hub").dispatch()
         return args.run(args) or 0
-    except KeyboardInterrupt as interrupt:
-        if str(interrupt):  # how to go on
-            print(interrupt, file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        return exit_status(error, debug="--debug" in argv)
+
+
+def exit_status(error: BaseException, *, debug: bool) -> int:
+    """Says in one line on stderr what ended a command; an error that is not the user's is raised again.
+
+    Args:
+        error (`BaseException`):
+            What the command raised.
+        debug (`bool`):
+            Whether to raise the user's errors too, for their traceback.
+
+    Returns:
+        `int`: 2 after wrong input, 130 after Ctrl-C.
+
+    Example:
+
+    ```py
+    >>> from diffusers_ext.cli import exit_status
+
+    >>> exit_status(ValueError("`seed` is -1, but must be at least 0."), debug=False)
+    2
+
+    ```
+    """
+    if isinstance(error, KeyboardInterrupt):
+        if str(error):  # how to go on
+            print(error, file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        if "--debug" in argv or (isinstance(error, ImportError) and (error.name or "").startswith("diffusers_ext")):
-            raise
-        message = " ".join(str(error).split())
-        if isinstance(error, ModuleNotFoundError):
-            message += " (`pip install 'diffusers-ext[training]'` brings what the commands need)"
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+    ours = isinstance(error, ImportError) and (error.name or "").startswith("diffusers_ext")
+    if debug or ours or not isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
+        raise error
+    message = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        message += " (`pip install 'diffusers-ext[training]'` brings what the commands need)"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _add_commands(

@@ -575,7 +575,9 @@ def _number_labels(tables: list[_Table], where: str, label_names: list[str] | No
                 f"a caption in {where} is {caption!r}, but must be text: mend it or pass `caption_column=None`"
             )
     labels = {
-        label if isinstance(label, int | str) else repr(label) for table in tables for label in table.labels or ()
+        label if isinstance(label, int | str) and not isinstance(label, bool) else repr(label)
+        for table in tables
+        for label in table.labels or ()
     }
     if all(isinstance(label, int) and label >= 0 for label in labels):
         return label_names

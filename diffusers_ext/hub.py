@@ -143,11 +143,23 @@ class HubMixin:
                 A folder or a repo id.
             kwargs (*optional*):
                 Passed on to [`~DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            `ValueError`: The folder is of another pipeline, without components that this one needs.
         """
         while os.path.isdir(pretrained_model_name_or_path):
             _recover(pretrained_model_name_or_path)
             with _locked(Path(pretrained_model_name_or_path), shared=True):
                 if not _interrupted(Path(pretrained_model_name_or_path)):
+                    index = cls.load_config(pretrained_model_name_or_path)
+                    needed, _ = cls._get_signature_keys(cls)
+                    if missing := set(needed) - index.keys() - kwargs.keys() - set(cls._optional_components):
+                        raise ValueError(
+                            f"`{pretrained_model_name_or_path}` holds a {index.get('_class_name')} without "
+                            f"{', '.join(f'`{name}`' for name in sorted(missing))}, but a {cls.__name__} needs "
+                            f"{'it' if len(missing) == 1 else 'them'}: name the folder of a {cls.__name__}, or pass "
+                            "what is missing as arguments."
+                        )
                     pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
                     # A relative folder looks like a repo's id where it is saved later.
                     pipeline.register_to_config(_name_or_path=os.path.abspath(pretrained_model_name_or_path))
@@ -418,7 +430,10 @@ class HubMixin:
             repo_id (`str`, *optional*):
                 Repo that the card speaks of. Defaults to the folder's name.
             card (`dict[str, Any]`, *optional*):
-                Keyword arguments of [`~huggingface_hub.ModelCardData`] (`license`, `datasets`, `tags`, ...) and
+                Keyword arguments of [`~huggingface_hub.ModelCardData`] (`license`, `datasets`, `tags`, ...). Of
+                `license` only the form is checked here, since the list of licenses is the Hub's, which checks it when
+                the card is published; one of your own is `license="other"` with `license_name` and `license_link`.
+                Beside them
 
                 - `metrics` (`list` of [`~huggingface_hub.EvalResult`] or of `dict`): measured results. A `dict` needs
                   `dataset_name`, `metric_type` and `metric_value`; `dataset_type` and `metric_name` default to the
@@ -581,8 +596,17 @@ def _generated_card(cls: type, repo_id: str, card: dict[str, Any] | None, base_m
     metadata = {"library_name": "diffusers", **template.data.to_dict()}
     if base_model != repo_id:
         metadata["base_model"] = base_model
+    card |= {name: [card[name]] for name in ("datasets", "tags") if isinstance(card.get(name), str)}
     metadata |= {name: value for name, value in card.items() if value is not None}
     metadata["tags"] = [*template.data.get("tags", []), *(card.get("tags") or [])] or None
+    licenses = metadata.get("license") or []
+    for license in [licenses] if isinstance(licenses, str) else licenses:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(license)):
+            raise ValueError(
+                f"`license` of `card` is {license!r}, but must be an identifier of the Hub such as 'apache-2.0' or "
+                "'cc-by-4.0' (https://huggingface.co/docs/hub/repositories-licenses): for another license, pass "
+                "'other' and its name as `license_name`."
+            )
 
     results = []
     for metric in metrics:
@@ -616,7 +640,7 @@ def _generated_card(cls: type, repo_id: str, card: dict[str, Any] | None, base_m
         description=(inspect.getdoc(cls) or "").split("\n\n")[0],
         base_model=data.get("base_model") or "",
         license=data.get("license") or "",
-        datasets=[datasets] if isinstance(datasets, str) else datasets,
+        datasets=datasets,
         metrics=results,
         training=training,
         samples=Path(samples).name if samples else "",

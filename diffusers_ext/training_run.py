@@ -19,9 +19,10 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -44,8 +45,9 @@ from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import HfArgumentParser, get_scheduler
 
+from diffusers_ext.cli import exit_status
 from diffusers_ext.data import ImageDataset, load_image_dataset
 from diffusers_ext.hub import HubMixin, replacing
 
@@ -189,6 +191,46 @@ class TrainingArguments:
             )
 
 
+def run_script(main: Callable[[Any], None], parser: HfArgumentParser) -> None:
+    """Run a training script from the command line, with one line `error: ...` and exit status 2 after wrong input.
+
+    `--debug` shows the traceback instead; `accelerate launch` adds one of its own, unless it is given `--quiet`.
+    `--help` begins with the first paragraph of the script's docstring.
+
+    Args:
+        main (`Callable`):
+            The script's function; it takes the arguments.
+        parser (`HfArgumentParser`):
+            The parser of their dataclass.
+
+    Raises:
+        SystemExit: With status 2 after wrong input, 130 after Ctrl-C.
+
+    Examples:
+
+    ```py
+    >>> from transformers import HfArgumentParser
+    >>> from diffusers_ext.training_run import TrainingArguments, run_script
+
+    >>> def main(args: TrainingArguments) -> None:
+    ...     print(args.learning_rate)
+    >>> if __name__ == "__main__":
+    ...     run_script(main, HfArgumentParser(TrainingArguments))
+
+    ```
+    """
+    parser.description = (sys.modules[main.__module__].__doc__ or "").split("\n\n")[0]
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    for action in parser._actions:  # the `--no_...` that the parser adds have the help of what they turn off
+        if action.const is False:
+            action.help = f"Turn `--{action.dest}` off."
+    try:
+        arguments, _ = parser.parse_args_into_dataclasses()
+        main(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(exit_status(error, debug="--debug" in sys.argv))
+
+
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(num_images)
@@ -271,7 +313,9 @@ class TrainingRun:
     ...     if run.validate_now:
     ...         pipe = DDPMPipeline(**run.trained(), scheduler=scheduler)
     ...         run.log_images("samples", pipe(batch_size=2, num_inference_steps=2).images)
-    >>> run.finish(DDPMPipeline(**run.trained(), scheduler=scheduler), card={"datasets": ["digits"]})
+    >>> pipe = DDPMPipeline(**run.trained(), scheduler=scheduler)
+    >>> run.finish(pipe, card={"datasets": ["digits"]})  # doctest: +ELLIPSIS
+    The DDPMPipeline is saved in ....
     >>> DDPMPipeline.from_pretrained(folder).unet.config.sample_size
     8
 
@@ -472,6 +516,7 @@ class TrainingRun:
                 )  # others are made or fetched one by one
                 if isinstance(picture, Path)
             ),
+            "labels": _digest(repr(label).encode() for label in getattr(dataset, "labels", None) or ()),
             "frozen_weights": _digest(
                 value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
                 for value in (frozen.state_dict().values() if frozen is not None else ())
@@ -838,6 +883,8 @@ class TrainingRun:
                     commit_message=f"Training, step {self.step}",
                     allow_patterns=published,
                 )
+            where = f" and published as {repo_id}" if self.args.push_to_hub else ""
+            print(f"The {type(pipeline).__name__} is saved in {self.output_dir}{where}.")
         accelerator.wait_for_everyone()
         accelerator.end_training()
 
@@ -921,6 +968,7 @@ class TrainingRun:
             "global_batch_size": "images per optimizer step",
             "num_images": "training images",
             "image_files": "names and sizes of the image files, as a hash,",
+            "labels": "labels of the images, as a hash,",
             "frozen_weights": "weights of the frozen model, as a hash,",
         }
         changed += [

@@ -1,5 +1,6 @@
 """The `diffusers-ext` command: its exit statuses, its errors in one line, `card`."""
 
+import doctest
 import json
 import os
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
+from diffusers_ext import cli
 from diffusers_ext.cli import _COMMANDS, _CONVERTERS, main
 
 
@@ -49,6 +52,11 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert "nowhere" in captured.err and "save_pretrained" in captured.err
 
 
+def test_examples() -> None:
+    result = doctest.testmod(cli)
+    assert result.attempted == 4 and result.failed == 0
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no `model_index.json`"):
         main(["card", str(tmp_path), "--debug"])
@@ -73,6 +81,24 @@ def test_card_of_a_saved_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert main(["card", str(folder)]) == 0
     card = ModelCard.load(folder / "README.md")
     assert card.text.strip() == "# My own words" and card.data.library_name == "diffusers"
+
+
+@pytest.mark.parametrize("samples", ["reconstructions.png", "report/reconstructions.png"])
+def test_samples_of_a_card_are_found_from_its_file(
+    samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the folder of the JSON file, wherever the command runs and whatever lies there; else where it runs."""
+    (tmp_path / "report").mkdir()
+    Image.new("L", (4, 4), 7).save(tmp_path / "report" / "reconstructions.png")
+    (tmp_path / "report" / "card.json").write_text(json.dumps({"samples": samples}))
+    Image.new("L", (4, 4), 200).save(tmp_path / "reconstructions.png")  # another one
+    folder = tmp_path / "pdae"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "PDAEPipeline"}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["card", "pdae", "--card", "report/card.json", "--repo-id", "somebody/digits"]) == 0
+    assert "![samples](reconstructions.png)" in (folder / "README.md").read_text()
+    assert Image.open(folder / "reconstructions.png").getpixel((0, 0)) == 7
 
 
 def test_card_refuses_what_is_not_ours(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -456,7 +456,7 @@ def test_topologies_of_published_classifiers(name: str, width: int, tmp_path: Pa
     cosine = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     linear = math.exp(-(0.1 * 0.5 + 9.95 * 0.25))
     assert levels[2] == pytest.approx(cosine if name == "64x64_classifier" else linear, rel=1e-2)
-    assert classifier.config.id2label == {str(number): name for number, name in names.items()}
+    assert classifier.config.id2label == names
     size = config["image_size"]
     dtype = torch.float64 if size < 512 else torch.float32
     x, t = torch.randn(1, 3, size, size, dtype=dtype, generator=torch.manual_seed(1)), torch.tensor([417])
@@ -734,8 +734,8 @@ def test_weights_that_are_refused(key: str, value: torch.Tensor | None, message:
         ("names.json", b"1", ["--id2label", "names.json"], "`names.json` cannot be read as names of classes"),
         ("names.json", b'{"a": "b"}', ["--id2label", "names.json"], "`names.json` cannot be read as names of classes"),
         ("names.json", b'["a"]', ["--id2label", "names.json"], "names 1 classes, but the networks know 0"),
-        ("out", b"mine", [], "`out` exists and is not an empty folder"),
-        ("out/mine", b"mine", [], "`out` exists and is not an empty folder"),
+        ("out", b"mine", [], "out` exists and is not an empty folder"),
+        ("out/mine", b"mine", [], "out` exists and is not an empty folder"),
     ],
 )
 def test_input_that_is_refused(

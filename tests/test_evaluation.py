@@ -578,7 +578,7 @@ def test_report_is_written_in_whole(metrics, tmp_path):
     assert read["protocol"]["ssim_window"] == "7 x 7, uniform, mirrored borders"
     assert "| PCA, 4 components | " in markdown_report(read) and " inf |" in markdown_report(read)
     assert files[2].read_text().startswith(markdown_report(metrics))
-    assert json.loads(files[3].read_text())["samples"] == str(files[0])
+    assert json.loads(files[3].read_text())["samples"] == files[0].name
 
 
 def test_report_that_cannot_be_written_loses_nothing(metrics, tmp_path):
@@ -629,11 +629,11 @@ def test_results_go_into_a_model_card(pipe, metrics, tmp_path):
 def test_command(pipe, tmp_path, capsys):
     pipe.save_pretrained(tmp_path / "repo")
     words = ["evaluate", str(tmp_path / "repo"), "--dataset_name", "digits", "--max_images", "8", "--seed", "3"]
-    words += ["--max_train_images", "60", "--num_inference_steps", "2", "--num_inversion_steps", "2"]
+    words += ["--max-train-images", "60", "--num-inference-steps", "2", "--num-inversion-steps", "2"]
     assert main([*words, "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--num_pictures", "3"]) == 0
     printed = capsys.readouterr().out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert markdown_report(metrics) in printed and "metrics.json" in printed
+    assert markdown_report(metrics) in printed and "metrics.json" in printed and "replacing" not in printed
     expected = evaluate_pdae(
         PDAEPipeline.from_pretrained(tmp_path / "repo"),
         load_image_dataset("digits", seed=3, max_samples=60),
@@ -649,6 +649,41 @@ def test_command(pipe, tmp_path, capsys):
     assert main(["card", str(tmp_path / "repo"), "--card", str(tmp_path / "out" / "card.json")]) == 0
     assert ModelCard.load(tmp_path / "repo" / "README.md").data.eval_results[0].dataset_name == "digits"
     assert (tmp_path / "repo" / "reconstructions.png").is_file()
+
+
+def test_command_says_that_it_replaces_a_report(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "repo")
+    (tmp_path / "out").mkdir()
+    for name in ("metrics.json", "report.md", "notes.txt"):
+        (tmp_path / "out" / name).write_text("old")
+    words = ["--max_images", "4", "--max_train_images", "20", "--num_inference_steps", "2", "--num_inversion_steps"]
+    words += ["0", "--num_pictures", "2", "--device", "cpu", "--dataset-name", "digits"]
+    assert main(["evaluate", str(tmp_path / "repo"), "--output-dir", str(tmp_path / "out"), *words]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("replacing")]
+    assert lines == [f"replacing metrics.json, report.md and pictures of an earlier evaluation in {tmp_path / 'out'}"]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "old"
+    assert "reconstruction" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("device", ["cuda", "no-such-device"])
+def test_command_names_a_device_that_is_not_there(device, pipe, tmp_path, capsys):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    pipe.save_pretrained(tmp_path / "repo")
+    assert main(["evaluate", str(tmp_path / "repo"), "--dataset_name", "digits", "--device", device]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: `--device {device}` cannot be used here") and error.count("\n") == 1
+    assert "pass `cpu`" in error
+
+
+@pytest.mark.parametrize("repo", ["nope", "here/nope", "./nope", "/nope", "no/where/at/all"])
+def test_command_does_not_ask_the_hub_for_what_looks_like_a_folder(repo, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", repo, "--dataset_name", "digits"]) == 2
+    assert f"error: there is no folder `{repo}`" in capsys.readouterr().err
+    assert main(["evaluate", "somebody/else", "--dataset_name", "digits"]) == 2  # may be a repo
+    assert "there is no folder" not in capsys.readouterr().err
 
 
 def test_command_names_what_it_cannot_measure(tiny_ddpm: DDPMPipeline, pipe, tmp_path: Path, capsys):

@@ -83,6 +83,18 @@ def test_save_load_save_is_a_fixed_point(toy: ToyPipeline, tmp_path: Path) -> No
         assert first == again
 
 
+def test_folder_of_another_pipeline_is_named(toy: ToyPipeline, tiny_ddpm_folder: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        PDAEPipeline.from_pretrained(tiny_ddpm_folder)
+    for word in (str(tiny_ddpm_folder), "a DDPMPipeline without `encoder`, `gradient_estimator`", "PDAEPipeline"):
+        assert word in str(error.value)
+    # what the folder lacks may be given, and what it has suffices
+    pdae = make_pdae()
+    parts = {"encoder": pdae.encoder, "gradient_estimator": pdae.gradient_estimator}
+    assert PDAEPipeline.from_pretrained(tiny_ddpm_folder, **parts).encoder is pdae.encoder
+    assert type(ToySamplerPipeline.from_pretrained(tiny_ddpm_folder)) is ToySamplerPipeline
+
+
 def test_index_names_no_path_of_this_machine(toy: ToyPipeline, tmp_path: Path) -> None:
     toy.save_pretrained(tmp_path / "a")
     ToyPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
@@ -478,6 +490,8 @@ def test_snippet_of_the_card_runs(toy: ToyPipeline, tmp_path: Path, monkeypatch:
         ({"metrics": [{**CARD["metrics"][0], "metric_value": None}]}, ("mse = None",)),
         ({"metrics": [0.5]}, ("`metrics`", "0.5")),
         ({"samples": "nowhere.png"}, ("`samples`", "nowhere.png")),
+        ({"license": "my own"}, ("`license`", "'my own'", "'other'", "`license_name`")),
+        ({"license": ["mit", "Apache 2.0"]}, ("`license`", "'Apache 2.0'")),
     ],
 )
 def test_bad_card_is_refused_before_anything_is_written(
@@ -537,6 +551,16 @@ def test_generated_card_is_written_again_until_its_mark_is_deleted(toy: ToyPipel
     readme.write_text(mine)
     toy.save_pretrained(tmp_path, card={"license": "mit"})
     assert readme.read_text() == mine
+
+
+def test_one_data_set_and_one_tag_may_be_a_word(toy: ToyPipeline, tmp_path: Path) -> None:
+    own = {"license": "other", "license_name": "my own"}
+    toy.save_pretrained(tmp_path, card={"datasets": "digits", "tags": "mine", **own})
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.datasets, data.tags) == (["digits"], ["toy", "mine"])
+    assert (data.license, data.license_name) == ("other", "my own")
+    toy.save_pretrained(tmp_path, card={"license": ["mit", "gpl-3.0"]})
+    assert ModelCard.load(tmp_path / "README.md").data.license == ["mit", "gpl-3.0"]
 
 
 def test_save_model_card_alone(toy: ToyPipeline, tmp_path: Path) -> None:

@@ -493,3 +493,34 @@ def test_models_and_arguments_that_do_not_fit(changes, message, tiny_ddpm_folder
     with pytest.raises(ValueError, match=message):
         main(arguments(tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def labelled_folder(folder, labels):
+    """Grey 8 x 8 pictures with a metadata.jsonl that labels them."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for i, label in enumerate(labels):
+        Image.new("L", (8, 8), 20 * i).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "label": label}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return str(folder)
+
+
+def test_labels_that_changed_or_are_no_labels(tmp_path, caplog):
+    def arguments(**changes):
+        shared = {
+            "output_dir": str(tmp_path / "run"), "max_train_steps": 1, "train_batch_size": 4, "resolution": 8,
+            "image_mode": "L", "checkpointing_steps": 1, "report_to": "none", "validation_fraction": 0.0,
+        }  # fmt: skip
+        return NoisyClassifierArguments(**(shared | changes))
+
+    folder = labelled_folder(tmp_path / "pictures", [0, 1, 3] * 4)
+    with caplog.at_level("WARNING"):
+        main(arguments(train_data_dir=folder))
+    assert "no training image is of the classes [2]" in caplog.text
+    labelled_folder(tmp_path / "pictures", [3, 1, 0] * 4)
+    with pytest.raises(ValueError, match="labels of the images"):
+        main(arguments(train_data_dir=folder, max_train_steps=2, resume_from_checkpoint="latest"))
+    labelled_folder(tmp_path / "pictures", [True, False, True] * 4)
+    with pytest.raises(ValueError, match="must all be names or all be"):
+        main(arguments(train_data_dir=folder, output_dir=str(tmp_path / "other")))

@@ -306,3 +306,19 @@ def test_bad_arguments(arguments, changes, message):
 def test_a_resolution_that_the_base_does_not_take(arguments):
     with pytest.raises(ValueError, match="multiple of 2"):
         main(arguments(resolution=9, encoder_block_out_channels="8,16"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({}, []),
+        ({"resolution": 8}, []),
+        ({"resolution": 12}, ["`resolution` is 12, but the base model's `sample_size` is 8"]),
+        ({"dataset_name": "photos"}, ["in color, with 3 channels, but the base model has 1"]),
+    ],
+)
+def test_images_of_another_kind_than_the_bases_are_warned_of(arguments, changes, messages, caplog):
+    main(arguments(max_train_steps=1, max_train_samples=8, train_batch_size=2, **changes))
+    warnings = [record.getMessage() for record in caplog.records if record.name == train_pdae.__name__]
+    assert len(warnings) == len(messages)
+    assert all(message in warning for message, warning in zip(messages, warnings, strict=True))

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from transformers import HfArgumentParser
 
 import diffusers_ext.training_run
 from diffusers_ext.data import load_image_dataset
-from diffusers_ext.training_run import TrainingArguments, TrainingRun
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, run_script
 
 WORKER = Path(__file__).parent / "training_worker.py"
 
@@ -84,6 +85,106 @@ def test_flags_have_the_names_of_diffusers_scripts():
 def test_bad_arguments(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **changes)
+
+
+# -------- scripts
+
+
+SCRIPTS = ("train_unconditional", "train_pdae", "train_noisy_classifier")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs a training script as `python training/<name>.py <words>` does; gives its exit status."""
+
+    def run(name, *words):
+        path = Path(diffusers_ext.__file__).parents[1] / "training" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(path), run_name="__main__")
+        return done.value.code
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_wrong_input_of_a_script_is_one_line(name, script, tiny_ddpm_folder, tmp_path, capsys):
+    words = ["--max_train_steps", 1, "--pretrained_model_name_or_path", tiny_ddpm_folder, "--report_to", "none"]
+    (tmp_path / "used" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "file").write_text("mine")
+    for mistake, message in (
+        (["--seed", -1], "`seed` is -1"),
+        (["--no_such_flag"], "--no_such_flag"),
+        (["--train_data_dir", tmp_path / "nowhere", "--resolution", 8], "there is no such folder"),
+        (["--dataset_name", "digits", "--output_dir", tmp_path / "used"], "`--resume_from_checkpoint latest`"),
+        (["--dataset_name", "digits", "--output_dir", tmp_path / "file"], "File exists"),
+        (["--dataset_name", "digits", "--pretrained_model_name_or_path", tmp_path / "nowhere"], "nowhere"),
+    ):
+        capsys.readouterr()
+        assert script(name, *words, *mistake) == 2
+        captured = capsys.readouterr()
+        assert captured.err.splitlines()[-1].startswith("error: ") and message in captured.err.splitlines()[-1]
+        assert "Traceback" not in captured.err + captured.out
+
+
+def test_debug_shows_the_traceback_of_a_script(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--max_train_steps", "0", "--debug"])
+    with pytest.raises(ValueError, match="`max_train_steps` is 0"):
+        run_script(lambda args: None, HfArgumentParser(TrainingArguments))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt("ended at step 3"), 130), (FloatingPointError("lower it"), 2), (ImportError("tracker"), 2)],
+)
+def test_what_ends_a_script(error, status, monkeypatch, capsys):
+    def main(args):
+        assert args.max_train_steps == 3
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script", "--max_train_steps", "3"])
+    with pytest.raises(SystemExit) as done:
+        run_script(main, HfArgumentParser(TrainingArguments))
+    assert done.value.code == status
+    assert capsys.readouterr().err == ("" if status == 130 else "error: ") + f"{error}\n"
+
+
+def test_a_defect_of_a_script_keeps_its_traceback(monkeypatch):
+    def main(args):
+        raise RuntimeError("not the user's mistake")
+
+    monkeypatch.setattr(sys, "argv", ["script", "--max_train_steps", "3"])
+    with pytest.raises(RuntimeError, match="not the user's mistake"):
+        run_script(main, HfArgumentParser(TrainingArguments))
+
+
+def test_wrong_input_under_accelerate_launch(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    command += ["diffusers_ext.training.train_unconditional", "--max_train_steps", "1", "--seed", "-1"]
+    done = subprocess.run(command, cwd=tmp_path, env=worker_env(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: `seed` is -1, but must be at least 0."
+    ]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_of_a_script_says_what_it_does(name, script, capsys):
+    assert script(name, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    described = {
+        "train_unconditional": "Train a DDPM (https://huggingface.co/papers/2006.11239)",
+        "train_pdae": "an encoder that gives images a semantic code, and a gradient estimator. options:",
+        "train_noisy_classifier": "Train the classifier of classifier guidance: one of noisy images",
+    }
+    assert described[name] in text and "accelerate launch" not in text
+    if name != "train_unconditional":  # the parser's complements of what is on by default
+        assert "--no-random-flip Turn `--random_flip` off." in text
+    if name == "train_pdae":
+        assert "--no-use-ema Turn `--use_ema` off." in text
+    assert "--random-flip [RANDOM_FLIP] Flip images left to right at random" in text
 
 
 # -------- exactness of runs
@@ -575,9 +676,10 @@ def test_torch_compile(tmp_path):
 # -------- finish
 
 
-def test_finish_saves_a_pipeline_that_loads(tmp_path):
+def test_finish_saves_a_pipeline_that_loads(tmp_path, capsys):
     run = train(arguments(tmp_path))
     run.finish(DDPMPipeline(**run.trained(), scheduler=DDPMScheduler()), {"license": "cc-by-4.0"})
+    assert capsys.readouterr().out == f"The DDPMPipeline is saved in {tmp_path}.\n"
     loaded = DDPMPipeline.from_pretrained(tmp_path)
     assert_same(loaded.unet.state_dict(), run.trained()["unet"].state_dict())
     assert ModelCard.load(tmp_path / "README.md").data.license == "cc-by-4.0"

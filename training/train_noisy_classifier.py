@@ -29,12 +29,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import UNet2DModel
 from transformers import HfArgumentParser
 
 from diffusers_ext.data import ImageDataset
 from diffusers_ext.pipelines.classifier_guidance import GuidedScheduler, NoisyClassifier, noise_levels
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument, run_script
+
+logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -281,6 +284,8 @@ def main(args: NoisyClassifierArguments) -> None:
             f"({', '.join(names[:10]) if names else f'0 to {num_classes - 1}'}): leave it out, or mend the labels."
         )
     num_classes, id2label = given, dict(enumerate(names)) if names else None
+    if untrained := sorted(set(range(num_classes)) - present):
+        logger.warning(f"no training image is of the classes {untrained[:20]}: the classifier will not know them.")
     validation = None
     if args.validation_steps and args.validation_fraction != 0:
         validation = run.load_dataset("validation", ["labels"])
@@ -391,5 +396,4 @@ def main(args: NoisyClassifierArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(NoisyClassifierArguments).parse_args_into_dataclasses()
-    main(arguments)
+    run_script(main, HfArgumentParser(NoisyClassifierArguments))

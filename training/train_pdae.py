@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import DDPMPipeline
 from PIL import Image
 from torch import nn
@@ -42,7 +43,9 @@ from diffusers_ext.pipelines.pdae import (
     unet_down,
     unet_up,
 )
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument, run_script
+
+logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -181,6 +184,19 @@ def main(args: PDAEArguments) -> None:
             f"`image_mode` {dataset.image_mode!r} gives {channels} channels, but the U-Net of "
             f"`pretrained_model_name_or_path` has {unet.config.in_channels}: leave `image_mode` out."
         )
+    size, resolution = unet.config.sample_size, dataset.resolution
+    if size is not None and tuple(size if isinstance(size, list | tuple) else [size] * 2) != (resolution,) * 2:
+        logger.warning(
+            f"`resolution` is {resolution}, but the base model's `sample_size` is {size}: at another size it predicts "
+            "noise badly. Leave `resolution` out, or fine-tune the base model at that size first."
+        )
+    if channels == 1:
+        some = ImageDataset(dataset.pictures, resolution=resolution, indices=dataset.indices[:8])  # RGB
+        if any((item["images"].amax(0) - item["images"].amin(0)).max() > 0.1 for item in some):
+            logger.warning(
+                "The images are in color, with 3 channels, but the base model has 1: they are turned to grey. Take a "
+                "base model of color images to keep their color."
+            )
     validation_images = validation_labels = None
     if args.validation_steps:
         held_out_dataset = run.load_dataset("validation", columns)
@@ -278,5 +294,4 @@ def main(args: PDAEArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(PDAEArguments).parse_args_into_dataclasses()
-    main(arguments)
+    run_script(main, HfArgumentParser(PDAEArguments))

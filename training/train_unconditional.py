@@ -39,13 +39,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import HfArgumentParser
 
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument, run_script
+
+logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -424,7 +427,9 @@ def main(args: UnconditionalArguments) -> None:
             )
         if unet.config.num_class_embeds != num_class_embeds:
             null = " and the null class of `label_dropout`" if args.label_dropout else ""
-            needed = f"{num_class_embeds} are needed, for {num_classes} classes{null}" if num_classes else "none"
+            needed = (
+                f"{num_class_embeds} are needed, for {num_classes} classes{null}" if num_classes else "none are needed"
+            )
             raise ValueError(
                 f"{has} {unet.config.num_class_embeds or 'no'} class embeddings (num_class_embeds), but {needed}: "
                 "change `class_conditional` or `label_dropout`, or choose another model or other data."
@@ -458,6 +463,8 @@ def main(args: UnconditionalArguments) -> None:
             f"`resolution` is {resolution}, but the U-Net halves it {halvings} times: choose a multiple of "
             f"{2**halvings}, or a model with fewer blocks."
         )
+    if num_classes and (untrained := sorted(set(range(num_classes)) - {dataset.labels[i] for i in dataset.indices})):
+        logger.warning(f"no training image is of the classes {untrained[:20]}: the model will not learn to draw them.")
     num_train_timesteps = scheduler.config.num_train_timesteps
 
     # 2. Train
@@ -556,5 +563,4 @@ def main(args: UnconditionalArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(UnconditionalArguments).parse_args_into_dataclasses()
-    main(arguments)
+    run_script(main, HfArgumentParser(UnconditionalArguments))

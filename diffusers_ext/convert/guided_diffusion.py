@@ -18,7 +18,6 @@ From the authors' trainer take the averaged weights, `ema_*.pt`.
 import argparse
 import json
 import os
-import pickle
 import shlex
 import tempfile
 import zipfile
@@ -28,7 +27,6 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diffusers_ext.pipelines.classifier_guidance import (
@@ -280,7 +278,7 @@ def convert(
 
     ```
     """
-    checkpoint, out = Path(checkpoint), Path(out)
+    checkpoint, out = Path(checkpoint), Path(out).resolve()  # a link's target, and `.` by its name
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"`{out}` exists and is not an empty folder: give the name of a new one.")
     if (name is None) == (flags is None):
@@ -668,6 +666,10 @@ def _problems(model: ModelMixin, state_dict: Mapping[str, torch.Tensor]) -> dict
             found = tuple(state_dict[key].shape)
             if found[: len(shape)] != shape or any(size != 1 for size in found[len(shape) :]):
                 problems[key] = f"has shape {found} instead of {shape}"
+            elif not state_dict[key].is_floating_point():
+                problems[key] = f"has dtype {state_dict[key].dtype}, which no weight has"
+            elif not state_dict[key].is_meta and not state_dict[key].isfinite().all():
+                problems[key] = "has values that are not finite"
     return problems | dict.fromkeys(state_dict.keys() - {key for key, _, _ in sources.values()}, "is unknown")
 
 
@@ -713,12 +715,16 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler fails in many ways on what is no pickle
         raise ValueError(
             f"`{path}` cannot be read as a checkpoint of tensors: it is damaged, something else, or would run code "
             "when it is loaded. `--debug` shows what was wrong."
         ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()
+    ):
         held = list(weights)[:6] if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(
             f"`{path}` holds {held}, but must hold weights by name: give a file that the authors' trainer saved as "

@@ -20,27 +20,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", help="folder or Hub repo of a PDAEPipeline")
     parser.add_argument("--revision", help="branch, tag or commit of the repo")
     data = parser.add_argument_group("data, as in training")
-    data.add_argument("--dataset_name", help="digits, photos, a data set of the Hub or a folder for `datasets`")
-    data.add_argument("--dataset_config_name", help="configuration of the Hub data set")
-    data.add_argument("--train_data_dir", type=Path, help="folder of images, instead of --dataset_name")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--label_column", default="label")
-    data.add_argument("--cache_dir", help="where `datasets` keeps its files")
-    data.add_argument("--validation_fraction", type=float, help="share or number of the images that are held out")
+    data.add_argument(
+        "--dataset_name", "--dataset-name", help="digits, photos, a data set of the Hub or a folder for `datasets`"
+    )
+    data.add_argument("--dataset_config_name", "--dataset-config-name", help="configuration of the Hub data set")
+    data.add_argument(
+        "--train_data_dir", "--train-data-dir", type=Path, help="folder of images, instead of --dataset_name"
+    )
+    data.add_argument("--image_column", "--image-column", default="image")
+    data.add_argument("--label_column", "--label-column", default="label")
+    data.add_argument("--cache_dir", "--cache-dir", help="where `datasets` keeps its files")
+    data.add_argument(
+        "--validation_fraction",
+        "--validation-fraction",
+        type=float,
+        help="share or number of the images that are held out",
+    )
     data.add_argument(
         "--seed", type=int, default=0, help="chooses the held-out images (give that of the training), and the noise"
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), help="default: evaluation")
-    parser.add_argument("--batch_size", type=int, default=64, help="default: 64")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="decoding moves (default: 50)")
     parser.add_argument(
-        "--num_inversion_steps", type=int, default=50, help="moves to infer noise (default: 50); 0 leaves that out"
+        "--output_dir", "--output-dir", type=Path, default=Path("evaluation"), help="default: evaluation"
     )
-    parser.add_argument("--max_images", type=int, help="measure that many held-out images; default: all")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument(
-        "--max_train_images", type=int, default=2048, help="fit baselines and probes to that many (default: 2048)"
+        "--num_inference_steps", "--num-inference-steps", type=int, default=50, help="decoding moves (default: 50)"
     )
-    parser.add_argument("--num_pictures", type=int, default=8, help="columns of the pictures (default: 8)")
+    parser.add_argument(
+        "--num_inversion_steps",
+        "--num-inversion-steps",
+        type=int,
+        default=50,
+        help="moves to infer noise (default: 50); 0 leaves that out",
+    )
+    parser.add_argument(
+        "--max_images", "--max-images", type=int, help="measure that many held-out images; default: all"
+    )
+    parser.add_argument(
+        "--max_train_images",
+        "--max-train-images",
+        type=int,
+        default=2048,
+        help="fit baselines and probes to that many (default: 2048)",
+    )
+    parser.add_argument(
+        "--num_pictures", "--num-pictures", type=int, default=8, help="columns of the pictures (default: 8)"
+    )
     parser.add_argument("--device", help="default: cuda or mps where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
@@ -54,8 +79,28 @@ def run(args: argparse.Namespace) -> None:
         args (`argparse.Namespace`): What [`add_arguments`] declares.
 
     Raises:
-        ValueError: If the repo holds another pipeline, or its images are of a kind that data sets cannot be loaded in.
+        ValueError: If there is no such folder or device, the repo holds another pipeline, or its images are of a kind
+            that data sets cannot be loaded in.
     """
+    repo = Path(args.repo)
+    if not repo.is_dir() and (len(repo.parts) != 2 or repo.parent.is_dir()):  # nothing to ask the Hub for
+        raise ValueError(
+            f"there is no folder `{args.repo}`: give the one that `save_pretrained` or a training wrote, or a Hub "
+            "repo as `owner/name`, from a working directory without a folder `owner`."
+        )
+    device = args.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise ValueError(
+            f"`--device {device}` cannot be used here ({str(error).splitlines()[0]}): leave it out, or pass `cpu`."
+        ) from error
+    report = [name for name in ("metrics.json", "report.md", "card.json") if (args.output_dir / name).is_file()]
+    if report:
+        print(f"replacing {', '.join(report)} and pictures of an earlier evaluation in {args.output_dir}")
+
     options = {} if args.revision is None else {"revision": args.revision}
     class_name = PDAEPipeline.load_config(args.repo, **options).get("_class_name")
     if class_name != "PDAEPipeline":
@@ -87,9 +132,6 @@ def run(args: argparse.Namespace) -> None:
         for split, max_samples in (("train", args.max_train_images), ("validation", args.max_images))
     )
 
-    device = args.device
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     pipe.to(device)
     if args.dtype != "float32":
         pipe.to(getattr(torch, args.dtype))

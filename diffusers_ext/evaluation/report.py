@@ -334,7 +334,7 @@ def write_report(
     contents["report.md"] = (markdown_report(metrics) + shown).encode()
     card: dict[str, Any] = {"metrics": eval_results(metrics, dataset_name)}
     if "reconstructions" in pictures:
-        card["samples"] = str(folder / "reconstructions.png")
+        card["samples"] = "reconstructions.png"  # from the folder of card.json
     contents["card.json"] = (json.dumps(card, indent=2) + "\n").encode()
     contents["metrics.json"] = (json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n").encode()
 
