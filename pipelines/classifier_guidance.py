@@ -144,6 +144,21 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         trained_alphas_cumprod: list[float] | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {"num_classes": num_classes, "norm_num_groups": norm_num_groups}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, but must be a whole number from 1.")
+        if not isinstance(sample_size, int) or not isinstance(attention_head_dim, int) or attention_head_dim < 1:
+            raise ValueError(
+                f"`sample_size` is {sample_size!r} and `attention_head_dim` is {attention_head_dim!r}, but both must "
+                "be whole numbers: images are square."
+            )
+        if downsample_type not in ("resnet", "conv"):
+            raise ValueError(f"`downsample_type` is {downsample_type!r}, but must be 'resnet' or 'conv'.")
+        if trained_alphas_cumprod is not None and len(trained_alphas_cumprod) != 5:
+            raise ValueError(
+                f"`trained_alphas_cumprod` has {len(trained_alphas_cumprod)} values, but must have the five of "
+                "`noise_levels`."
+            )
         channels, levels = block_out_channels, len(block_out_channels)
         if down_block_types is None:
             attends = [sample_size >> level <= 32 for level in range(levels)]
@@ -165,11 +180,14 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 f"`sample_size` is {sample_size}, but {levels} blocks halve it {levels - 1} times: choose a multiple "
                 f"of {2 ** (levels - 1)}, or fewer blocks."
             )
-        if id2label is not None and sorted(map(int, id2label)) != list(range(num_classes)):
-            raise ValueError(
-                f"`id2label` has {len(id2label)} entries for `num_classes`={num_classes}: name every class from 0 on, "
-                "or none."
-            )
+        if id2label is not None:
+            id2label = {int(number): name for number, name in id2label.items()}  # JSON has made words of the numbers
+            if sorted(id2label) != list(range(num_classes)):
+                raise ValueError(
+                    f"`id2label` has {len(id2label)} entries for `num_classes`={num_classes}: name every class from 0 "
+                    "on, or none."
+                )
+            self.register_to_config(id2label=id2label)
         width = time_proj_dim or channels[0]
         self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(width, 4 * width)
@@ -210,6 +228,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             mean = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
             layers = [norm(channels[-1]), silu, *mean, torch.nn.Linear(channels[-1], num_classes)]
         elif pool in ("spatial", "spatial_v2"):
+            if pool == "spatial_v2" and hidden_size % norm_num_groups:
+                raise ValueError(
+                    f"`hidden_size` is {hidden_size}, but must be a multiple of `norm_num_groups`={norm_num_groups}."
+                )
             # the first convolution, every layer, every halving, the middle
             features = channels[0] + sum(layers_per_block * width for width in channels) + sum(channels)
             middle = [torch.nn.ReLU()] if pool == "spatial" else [norm(hidden_size), silu]
@@ -321,9 +343,10 @@ class ADMUNet2DModel(UNet2DModel):
         time_proj_dim: int | None = None,
     ) -> None:
         if num_attention_heads is not None:
-            attend = ["Attn" in block_type for block_type in down_block_types[:-1]] + [True]  # the middle always does
+            attend = ["Attn" in down + up for down, up in zip(down_block_types, reversed(up_block_types), strict=True)]
+            attend[-1] = True  # the middle always does
             widths = [width for width, here in zip(block_out_channels, attend, strict=True) if here]
-            if any(width % num_attention_heads for width in widths):
+            if num_attention_heads < 1 or any(width % num_attention_heads for width in widths):
                 raise ValueError(
                     f"`num_attention_heads` is {num_attention_heads}, but must divide the `block_out_channels`="
                     f"{tuple(block_out_channels)} of all blocks with attention, and of the last."
@@ -331,6 +354,12 @@ class ADMUNet2DModel(UNet2DModel):
             # Any divisor of all of them lets the parent build its layers; their heads are set below.
             attention_head_dim = math.gcd(*(width // num_attention_heads for width in widths))
         if time_proj_dim is not None:
+            if time_embedding_type != "positional" or time_embedding_dim not in (None, 4 * time_proj_dim):
+                raise ValueError(
+                    f"`time_proj_dim` is {time_proj_dim}, but belongs to `time_embedding_type='positional'` and a "
+                    f"`time_embedding_dim` of {4 * time_proj_dim}, not to {time_embedding_type!r} and "
+                    f"{time_embedding_dim}."
+                )
             time_embedding_dim = 4 * time_proj_dim
         super().__init__(
             sample_size=sample_size,
@@ -541,6 +570,8 @@ class GuidedScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`variance_type` is {variance_type!r}, but must be one of {variances}.")
         if sampler not in ("ancestral", "ddim"):
             raise ValueError(f"`sampler` is {sampler!r}, but must be 'ancestral' or 'ddim'.")
+        if num_train_timesteps < 2:
+            raise ValueError(f"`num_train_timesteps` is {num_train_timesteps}, but must be at least 2.")
         if trained_betas is not None:
             betas = np.asarray(trained_betas, dtype=np.float64)
         elif beta_schedule == "linear":
@@ -623,6 +654,8 @@ class GuidedScheduler(SchedulerMixin, ConfigMixin):
             timestep_respacing = str(num_inference_steps)
         if timesteps is not None:
             kept = [int(timestep) for timestep in timesteps]
+            if any(number != timestep for number, timestep in zip(kept, timesteps, strict=True)):
+                raise ValueError(f"`timesteps` is {list(timesteps)}, but must be whole numbers.")
         else:
             kept = space_timesteps(limit, timestep_respacing)[::-1]
         falls = all(a > b for a, b in itertools.pairwise(kept))
@@ -718,7 +751,9 @@ class GuidedScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.config.thresholding:
             ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
-            threshold = torch.quantile(pred_original_sample.flatten(1).abs(), ratio, dim=1).clamp(1, max(1, largest))
+            magnitudes = pred_original_sample.flatten(1).abs()
+            precise = magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
+            threshold = torch.quantile(precise, ratio, dim=1).clamp(1, max(1, largest)).to(magnitudes)
             threshold = threshold.reshape(-1, *(1,) * (pred_original_sample.ndim - 1))
             return torch.minimum(torch.maximum(pred_original_sample, -threshold), threshold) / threshold
         if self.config.clip_sample:
@@ -866,14 +901,16 @@ class ClassifierGradient:
     Args:
         classifier ([`NoisyClassifier`] or another `torch.nn.Module`):
             `classifier(sample, timestep)` returns logits `(batch, classes)`, or an output that has `logits`.
-        targets (`torch.Tensor`): Labels, int64 of shape `(batch,)`; or weights of all classes, float of shape
-            `(batch, classes)`, whose gradients are summed with them: between two classes, or away from one.
+        targets (`torch.Tensor`): Labels, integers of shape `(batch,)`, or one for all; or weights of all classes,
+            float of shape `(batch, classes)` or `(1, classes)`, whose gradients are summed with them: between two
+            classes, or away from one.
         loss_scale (`float`, *optional*, defaults to 1.0): Multiplies what is differentiated and divides the gradient:
             a power of two keeps gradients of large images above the smallest number of float16.
         timestep_scale (`float`, *optional*, defaults to 1.0): Multiplies the timestep that the classifier is given.
 
     Raises:
-        ValueError: For weights of another number of classes than there are logits.
+        ValueError: For targets that do not fit the batch or the number of logits.
+        TypeError: For targets that are no tensor.
 
     Example:
 
@@ -892,6 +929,8 @@ class ClassifierGradient:
     def __init__(
         self, classifier: torch.nn.Module, targets: torch.Tensor, loss_scale: float = 1.0, timestep_scale: float = 1.0
     ) -> None:
+        if not isinstance(targets, torch.Tensor):
+            raise TypeError(f"`targets` is {targets!r}, but must be a `torch.Tensor`.")
         self.classifier, self.targets = classifier, targets
         self.loss_scale, self.timestep_scale = loss_scale, timestep_scale
 
@@ -902,26 +941,30 @@ class ClassifierGradient:
             timestep (`torch.Tensor`): `t`, shape `(batch,)`.
 
         Returns:
-            `torch.Tensor`: The gradient, of the shape and dtype of `sample`.
+            `torch.Tensor`: The gradient, of the shape of `sample`, at least float32.
         """
         with torch.enable_grad():
-            sample = sample.detach().requires_grad_()
-            dtype = getattr(self.classifier, "dtype", sample.dtype)
+            # Sums, and what is small, are not left to half precision.
+            sample = sample.detach().to(torch.promote_types(sample.dtype, torch.float32), copy=True).requires_grad_()
+            parameter = next(self.classifier.parameters(), None) if hasattr(self.classifier, "parameters") else None
+            dtype = sample.dtype if parameter is None else parameter.dtype
             if self.timestep_scale != 1:
                 timestep = timestep * self.timestep_scale
             output = self.classifier(sample.to(dtype), timestep)
-            logits = getattr(output, "logits", output).to(sample.dtype)  # sums are not taken in half precision
+            logits = getattr(output, "logits", output).to(sample.dtype)
             log_probabilities = torch.nn.functional.log_softmax(logits, dim=-1)
-            targets = self.targets.to(logits.device)
-            if targets.is_floating_point():
-                if targets.shape[-1] != logits.shape[-1]:
-                    raise ValueError(
-                        f"`targets` has weights of {targets.shape[-1]} classes, but the classifier has "
-                        f"{logits.shape[-1]}: give one weight for each."
-                    )
+            targets, (count, classes) = self.targets.to(logits.device), logits.shape
+            weights = targets.is_floating_point()
+            shapes = [(count, classes), (1, classes)] if weights else [(count,), (1,), ()]
+            if tuple(targets.shape) not in shapes or not (weights or (0 <= targets.min() <= targets.max() < classes)):
+                raise ValueError(
+                    f"`targets` is {targets.tolist()} for {count} images and {classes} classes: give labels from 0 to "
+                    f"{classes - 1}, one or {count} of them, or float weights of shape ({count}, {classes})."
+                )
+            if weights:
                 chosen = targets.to(logits.dtype) * log_probabilities
             else:
-                chosen = log_probabilities.gather(1, targets[:, None])
+                chosen = log_probabilities.gather(1, targets.long().expand(count)[:, None])
             # A sum over the batch leaves every image its own gradient; a mean would divide the scale.
             [gradient] = torch.autograd.grad(chosen.sum() * self.loss_scale, sample)
         return gradient / self.loss_scale
@@ -974,6 +1017,8 @@ class ClipGuidance:
         image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
         image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
     ) -> None:
+        if len(prompt) == 0 and not isinstance(prompt, str):
+            raise ValueError("`prompt` is empty: give one text, or one for each image.")
         self.model, self.predict = model, predict
         self.image_mean, self.image_std = image_mean, image_std
         tokens = tokenizer(
@@ -995,7 +1040,7 @@ class ClipGuidance:
             timestep (`torch.Tensor`): `t`, shape `(batch,)`.
 
         Returns:
-            `torch.Tensor`: The gradient, of the shape and dtype of `sample`.
+            `torch.Tensor`: The gradient, of the shape of `sample`, at least float32.
 
         Raises:
             ValueError: If the number of texts is not one or that of the images.
@@ -1005,12 +1050,11 @@ class ClipGuidance:
                 f"`prompt` has {len(self.text_embeds)} texts for {len(sample)} images: give one, or one each."
             )
         size = self.model.config.vision_config.image_size
-        mean, std = (
-            torch.tensor(values, device=sample.device, dtype=sample.dtype).reshape(1, -1, 1, 1)
-            for values in (self.image_mean, self.image_std)
-        )
         with torch.enable_grad():
-            sample = sample.detach().requires_grad_()
+            sample = sample.detach().to(torch.promote_types(sample.dtype, torch.float32), copy=True).requires_grad_()
+            mean, std = (
+                sample.new_tensor(values).reshape(1, -1, 1, 1) for values in (self.image_mean, self.image_std)
+            )
             images = sample if self.predict is None else self.predict(sample, timestep)
             pixels = torch.nn.functional.interpolate(
                 images / 2 + 0.5, (size, size), mode="bicubic", antialias=True, align_corners=False
@@ -1039,6 +1083,8 @@ def pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
         `np.ndarray`: float32 of shape `(height, width, channels)`, values in [0, 1].
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":  # numbers, as in an array
+        return np.repeat(np.asarray(image, dtype=np.float32)[..., None], channels, axis=-1)
     if image.mode.startswith("I"):  # 16 bits, whatever Pillow calls them
         pixels = np.asarray(image, dtype=np.float32) / 65535
         return np.repeat(pixels[..., None], channels, axis=-1)
@@ -1150,7 +1196,8 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
         ValueError: If networks and scheduler do not fit each other.
     """
 
-    model_cpu_offload_seq = "unet->classifier"
+    # The classifier comes first in a step, and gradients of a `cond_fn` may go back through the U-Net.
+    model_cpu_offload_seq = "classifier->unet"
     _optional_components = ["classifier"]
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
@@ -1193,15 +1240,25 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
                 further["variance_type"] = "learned_range" if outputs == 2 * inputs else "fixed_small"
             stock, scheduler = scheduler, GuidedScheduler.from_config(scheduler.config, **further)
             check_schedule(stock, scheduler)
-        learned = scheduler.config.variance_type.startswith("learned")
-        if (outputs == 2 * inputs and not learned) or (outputs == inputs // 2 and learned):
-            raise ValueError(
-                f"`unet` has {inputs} input and {outputs} output channels, but the scheduler's `variance_type` is "
-                f"{scheduler.config.variance_type!r}: set it to 'learned_range' for a U-Net that predicts noise and "
-                "variance, to 'fixed_small' or 'fixed_large' for one that predicts the noise."
+        if classifier is not None and not isinstance(classifier, ModelMixin):
+            raise TypeError(
+                f"`classifier` is a {type(classifier).__name__}, but components are of `ModelMixin`: hand any other "
+                "module to the call, as `cond_fn=ClassifierGradient(module, labels)`."
             )
+        limit = config.get("num_class_embeds")
+        if null_class_label is not None and (
+            not isinstance(null_class_label, int) or limit is None or not 0 <= null_class_label < limit
+        ):
+            raise ValueError(
+                f"`null_class_label` is {null_class_label!r}, but `unet` has "
+                + ("no class embeddings." if limit is None else f"the labels 0 to {limit - 1}.")
+            )
+        if id2label is not None:  # a list, or what JSON has made of the numbers
+            id2label = dict(enumerate(id2label)) if isinstance(id2label, list | tuple) else id2label
+            id2label = {int(number): name for number, name in id2label.items()}
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
         self.register_to_config(null_class_label=null_class_label, id2label=id2label)
+        self._check_variance()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     # Copied from pipelines.copaint.CoPaintPipeline._state_dtype
@@ -1215,10 +1272,24 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
         """Channels of the images."""
         return self.unet.config.out_channels // (1 + self.scheduler.config.variance_type.startswith("learned"))
 
-    def _check_classifier(self) -> None:
+    def _check_variance(self) -> None:
+        """Raises an error if the U-Net's channels do not fit the scheduler's variance."""
+        inputs, outputs = self.unet.config.in_channels, self.unet.config.out_channels
+        learned = self.scheduler.config.variance_type.startswith("learned")
+        # noise, or noise and variance, of as many channels as go in, or of half as many (an upsampler)
+        channels, rest = divmod(outputs, 1 + learned)
+        if rest or inputs not in (channels, 2 * channels):
+            raise ValueError(
+                f"`unet` has {inputs} input and {outputs} output channels, but the scheduler's `variance_type` is "
+                f"{self.scheduler.config.variance_type!r}: set it to 'learned_range' for a U-Net that predicts noise "
+                "and variance, to 'fixed_small' or 'fixed_large' for one that predicts the noise."
+            )
+
+    def _check_classifier(self, size: tuple[int, int]) -> None:
         """Raises an error that names the reason if the classifier was trained on other images or other noise."""
-        config, size = self.classifier.config, self.unet.config.sample_size
-        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        config = getattr(self.classifier, "config", None)
+        if config is None or "sample_size" not in config:  # somebody's own, of which nothing is known
+            return
         if size != (config.sample_size, config.sample_size) or config.in_channels != self._num_channels:
             raise ValueError(
                 f"`classifier` is for {config.in_channels} channels of {config.sample_size} x {config.sample_size} "
@@ -1238,29 +1309,44 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
             )
 
     def _prepare_targets(
-        self, class_labels: int | str | list[int] | list[str] | torch.Tensor | None, batch_size: int | None
+        self,
+        class_labels: int | str | list[int] | list[str] | torch.Tensor | None,
+        batch_size: int | None,
+        classified: bool,
     ) -> tuple[torch.Tensor | None, int]:
-        """Labels or weights of classes on the device, checked, and the number of images."""
+        """Labels or weights of classes on the device, checked for who is given them, and the number of images."""
         counts = {}
         if getattr(self.unet, "class_embedding", None) is not None and self.unet.config.num_class_embeds is not None:
             counts["unet"] = self.unet.config.num_class_embeds
-        if self.classifier is not None:
-            counts["classifier"] = self.classifier.config.num_classes
+        known = getattr(self.classifier, "config", {})
+        if classified and "num_classes" in known:
+            counts["classifier"] = known["num_classes"]
         if class_labels is None:
             return None, 1 if batch_size is None else batch_size
-        names = self.config.id2label or (
-            self.classifier.config.get("id2label") if self.classifier is not None else None
-        )
-        rows = [class_labels] if isinstance(class_labels, int | str) else class_labels
-        if (rows.numel() if isinstance(rows, torch.Tensor) else len(rows)) == 0:
+        single = isinstance(class_labels, int | np.integer | str) and not isinstance(class_labels, bool)
+        rows = [class_labels] if single else class_labels
+        if not isinstance(rows, torch.Tensor):
+            if not isinstance(rows, list | tuple | np.ndarray) or (isinstance(rows, np.ndarray) and rows.ndim == 0):
+                raise TypeError(f"`class_labels` is {class_labels!r}, but must be labels, names, or a tensor.")
+            if isinstance(rows, np.ndarray):
+                rows = torch.from_numpy(rows)
+            elif not all(isinstance(row, int | np.integer | str) and not isinstance(row, bool) for row in rows):
+                raise TypeError(f"`class_labels` is {class_labels!r}, but labels are integers or names.")
+        if len(rows) == 0 if not isinstance(rows, torch.Tensor) else rows.numel() == 0:
             raise ValueError("`class_labels` is empty: give at least one label.")
         if not isinstance(rows, torch.Tensor):
-            ids = {name: int(number) for number, name in (names or {}).items()}
-            unknown = [row for row in rows if isinstance(row, str) and row not in ids]
+            ids: dict[str, list[int]] = {}
+            for number, name in (self.config.id2label or known.get("id2label") or {}).items():
+                ids.setdefault(name, []).append(int(number))
+            words = [row for row in rows if isinstance(row, str)]
+            unknown = [word for word in words if word not in ids]
             if unknown:
-                known = ", ".join(map(repr, list(ids)[:20])) or "none: give numbers, or `id2label` to the pipeline"
-                raise ValueError(f"`class_labels` has the unknown names {unknown}; known are {known}.")
-            rows = torch.as_tensor([ids[row] if isinstance(row, str) else row for row in rows])
+                listed = ", ".join(map(repr, list(ids)[:20])) or "none: give numbers, or `id2label` to the pipeline"
+                raise ValueError(f"`class_labels` has the unknown names {unknown}; known are {listed}.")
+            several = {word: ids[word] for word in words if len(ids[word]) > 1}
+            if several:
+                raise ValueError(f"`class_labels` has names that mean several labels, {several}: give the numbers.")
+            rows = torch.as_tensor([ids[row][0] if isinstance(row, str) else int(row) for row in rows])
         targets = rows.to(self._execution_device)
         targets = targets.reshape(1) if targets.ndim == 0 else targets
         if targets.dtype == torch.bool or targets.is_complex():
@@ -1277,7 +1363,12 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
             if not targets.isfinite().all():
                 raise ValueError("`class_labels` are weights that are not all finite.")
         else:
-            targets = targets.reshape(-1).to(torch.int64)
+            if targets.ndim > 1:
+                raise ValueError(
+                    f"`class_labels` has shape {tuple(targets.shape)} and dtype {targets.dtype}: give labels of shape "
+                    "(batch,), or make weights of classes floats."
+                )
+            targets = targets.to(torch.int64)
             for name, count in counts.items():
                 if not 0 <= targets.min() <= targets.max() < count:
                     raise ValueError(
@@ -1304,16 +1395,21 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
             )
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
+        if not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` is a {type(latents).__name__}, but must be a `torch.Tensor`.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but this call needs {shape}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` has values that are not finite.")
         return latents.to(self._execution_device, self._state_dtype)
 
     # Copied from pipelines.copaint.CoPaintPipeline._check_output
     def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
-        if not hasattr(self.scheduler, "_levels"):
+        own = self._get_signature_types()["scheduler"][0].__name__
+        if all(base.__name__ != own for base in type(self.scheduler).__mro__):
             raise ValueError(
-                f"`scheduler` is a {type(self.scheduler).__name__}, which was put in place of the pipeline's own: "
-                "make the pipeline anew with it, by `from_pipe(pipe, scheduler=...)`, which converts it."
+                f"`scheduler` is a {type(self.scheduler).__name__}, but this pipeline steps by a {own}: make it anew, "
+                "`type(pipe)(**{**pipe.components, 'scheduler': scheduler})`, which converts it."
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
@@ -1358,7 +1454,15 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
 
         ```
         """
-        time = int(timestep.reshape(-1)[0])
+        if getattr(self.unet, "class_embedding", None) is not None and class_labels is None:
+            raise ValueError(
+                "`class_labels` are missing, as `unet` is class-conditional: hand over "
+                "`functools.partial(pipe.predict_original_sample, class_labels=labels)`."
+            )
+        if (low_res is not None) != (self.unet.config.in_channels == 2 * sample.shape[1]):
+            raise ValueError("`low_res` is for upsamplers, and needed by them: the small images, already enlarged.")
+        class_labels, low_res = (x if x is None else x.to(sample.device) for x in (class_labels, low_res))
+        time = int(torch.as_tensor(timestep).reshape(-1)[0])
         output = self._predict(sample, time, class_labels, None, low_res)
         model_output, _ = self.scheduler.split(output, sample)
         return self.scheduler.predict_original_sample(model_output, time, sample)
@@ -1509,8 +1613,15 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
             )
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"`batch_size` is {batch_size}, but must be a whole number from 1.")
+        self._check_variance()
         conditional = getattr(self.unet, "class_embedding", None) is not None
-        targets, count = self._prepare_targets(class_labels, batch_size)
+        classified = guidance_scale != 0 and cond_fn is None and self.classifier is not None
+        targets, count = self._prepare_targets(class_labels, batch_size, classified)
+        size = self.unet.config.sample_size
+        if size is None and latents is None:
+            raise ValueError("`unet` has no `sample_size`: give `latents`, whose size the images will have.")
+        size = tuple(latents.shape[-2:]) if size is None else size
+        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
         if conditional and targets is None:
             raise ValueError("`class_labels` are missing: this pipeline's `unet` is class-conditional.")
         guided = guidance_scale != 0 and (cond_fn is not None or self.classifier is not None)
@@ -1524,7 +1635,7 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
                 raise ValueError(
                     "`class_labels` are missing: say what the classifier shall steer to, or set `guidance_scale=0`."
                 )
-            self._check_classifier()
+            self._check_classifier(size)
             rescaled = self.scheduler.config.rescale_timesteps
             scale = 1000 / self.scheduler.config.num_train_timesteps if rescaled else 1.0
             cond_fn = ClassifierGradient(self.classifier, targets, timestep_scale=scale)
@@ -1546,8 +1657,6 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
                 + ": it needs a class-conditional U-Net, and the label that stood for none in its training as the "
                 "pipeline's `null_class_label`."
             )
-        size = self.unet.config.sample_size
-        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
         channels = self._num_channels
         if (low_res is not None) != (self.unet.config.in_channels == 2 * channels):
             raise ValueError(
@@ -1563,6 +1672,8 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
         if isinstance(timestep_respacing, str):
             self.scheduler.set_timesteps(timestep_respacing=timestep_respacing)
         elif timestep_respacing is not None:
+            if not isinstance(timestep_respacing, Sequence | np.ndarray | torch.Tensor):
+                raise TypeError(f"`timestep_respacing` is {timestep_respacing!r}, but must be a `str` or timesteps.")
             self.scheduler.set_timesteps(timesteps=timestep_respacing)
         else:
             self.scheduler.set_timesteps(num_inference_steps)
@@ -1570,15 +1681,16 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
 
         # 2. From noise to images
         timesteps = self.scheduler.timesteps.tolist()
+        first, last = guided_steps(guidance_start, guidance_stop, len(timesteps))
         labels = targets if conditional else None
         classifier_free = classifier_free_scale if classifier_free_scale != 1 else None
         for step, timestep in enumerate(self.progress_bar(timesteps)):
             gradient = None
-            if guided and guidance_start * len(timesteps) <= step < guidance_stop * len(timesteps):
+            if guided and first <= step < last:
                 times = torch.full((count,), timestep, dtype=torch.int64, device=latents.device)
                 for part, weight in parts:
                     with torch.enable_grad():
-                        term = part(latents.detach(), times)
+                        term = part(latents.detach().clone(), times)
                     if not isinstance(term, torch.Tensor) or term.shape != latents.shape:
                         raise ValueError(
                             f"`cond_fn` returned {tuple(getattr(term, 'shape', ())) or type(term).__name__}, but must "
@@ -1602,10 +1714,17 @@ class ClassifierGuidancePipeline(HubMixin, DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+                replaced = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+                if replaced.shape != latents.shape:
+                    raise ValueError(
+                        f"`callback_on_step_end` returned latents of shape {tuple(replaced.shape)}, but must "
+                        f"keep {tuple(latents.shape)}."
+                    )
+                latents = replaced.to(latents)
         if not latents.isfinite().all():
             raise ValueError(
-                "the samples are not finite: choose a smaller `guidance_scale`, or run the networks in float32."
+                "the samples are not finite: see if gradients of `cond_fn` are, choose a smaller `guidance_scale`, or "
+                "run the networks in float32."
             )
 
         # 3. Images
@@ -1635,6 +1754,32 @@ def check_schedule(stock: SchedulerMixin, converted: SchedulerMixin) -> None:
             f"`scheduler` is a {type(stock).__name__}, whose noise levels are not those of a DDPM with the betas in "
             "its configuration: give the scheduler that the model was trained with, such as a `DDPMScheduler`."
         )
+
+
+def guided_steps(start: float, stop: float, num_steps: int) -> tuple[int, int]:
+    r"""
+    The steps between two shares of them: the first, and the one after the last.
+
+    Args:
+        start (`float`): Share of the steps after which guidance begins, 0 to 1.
+        stop (`float`): Share of the steps after which it ends.
+        num_steps (`int`): Number of steps.
+
+    Returns:
+        `tuple[int, int]`: The first step of which at least the share `start` lies before it, and likewise for `stop`.
+
+    Example:
+
+    ```py
+    >>> from diffusers_ext.pipelines.classifier_guidance import guided_steps
+
+    >>> guided_steps(0.28, 0.5, 25)
+    (7, 13)
+
+    ```
+    """
+    # 0.28 * 25 is a little more than 7
+    return tuple(math.ceil(share * num_steps - 1e-9) for share in (start, stop))
 
 
 # ------------------------------------------------------------------------------------------------------------ guider
@@ -1728,8 +1873,10 @@ class ClassifierGuidanceGuider(BaseGuidance):
         """
         [batch] = data
         pred = batch.noise_pred
-        steps = self._num_inference_steps
-        inside = steps is None or int(self._start * steps) <= self._step < int(self._stop * steps)
+        inside = True
+        if self._num_inference_steps is not None:
+            first, last = guided_steps(self._start, self._stop, self._num_inference_steps)
+            inside = first <= self._step < last
         if not self._enabled or not inside or self.guidance_scale == 0:
             return GuiderOutput(pred=pred, pred_cond=pred, pred_uncond=None)
         if self.cond_fn is None or self.scheduler is None:
@@ -1745,22 +1892,31 @@ class ClassifierGuidanceGuider(BaseGuidance):
                 "block."
             )
         levels = getattr(self.scheduler, "alphas_cumprod", None)
-        if levels is None:
+        if levels is None or float(getattr(self.scheduler, "init_noise_sigma", 1.0)) != 1:
             raise ValueError(
-                f"`scheduler` is a {type(self.scheduler).__name__}, which has no `alphas_cumprod`: this guider is for "
-                "models of the variance-preserving kind."
+                f"`scheduler` is a {type(self.scheduler).__name__}, which has no `alphas_cumprod` or steps on latents "
+                "that are scaled otherwise: this guider is for schedulers of the variance-preserving kind, such as "
+                "`DDIMScheduler`."
             )
         timestep = int(torch.as_tensor(self._timestep).reshape(-1)[0])
         level = float(levels[timestep])
         times = torch.full((len(latents),), timestep, dtype=torch.int64, device=latents.device)
-        gradient = self.guidance_scale * self.cond_fn(latents, times).to(pred)
-        kind = self.scheduler.config.prediction_type
+        with torch.enable_grad():
+            gradient = self.cond_fn(latents.detach().clone(), times)
+        if not isinstance(gradient, torch.Tensor) or gradient.shape != latents.shape:
+            raise ValueError(
+                f"`cond_fn` returned {tuple(getattr(gradient, 'shape', ())) or type(gradient).__name__}, but must "
+                f"return a gradient of the latents' shape {tuple(latents.shape)}."
+            )
+        gradient = self.guidance_scale * gradient.detach()
+        kind, channels = self.scheduler.config.prediction_type, latents.shape[1]
+        guided = pred.clone()  # further channels, of a learned variance, stay as they are
         if kind == "epsilon":
-            guided = pred - (1 - level) ** 0.5 * gradient
+            guided[:, :channels] -= ((1 - level) ** 0.5 * gradient).to(pred)
         elif kind == "v_prediction":
-            guided = pred - ((1 - level) / level) ** 0.5 * gradient
+            guided[:, :channels] -= (((1 - level) / level) ** 0.5 * gradient).to(pred)
         elif kind == "sample":
-            guided = pred + (1 - level) / level**0.5 * gradient
+            guided[:, :channels] += ((1 - level) / level**0.5 * gradient).to(pred)
         else:
             raise ValueError(f"`prediction_type` is {kind!r}, but must be 'epsilon', 'sample' or 'v_prediction'.")
         return GuiderOutput(pred=guided, pred_cond=pred, pred_uncond=None)

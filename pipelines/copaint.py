@@ -421,6 +421,8 @@ def pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
         `np.ndarray`: float32 of shape `(height, width, channels)`, values in [0, 1].
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":  # numbers, as in an array
+        return np.repeat(np.asarray(image, dtype=np.float32)[..., None], channels, axis=-1)
     if image.mode.startswith("I"):  # 16 bits, whatever Pillow calls them
         pixels = np.asarray(image, dtype=np.float32) / 65535
         return np.repeat(pixels[..., None], channels, axis=-1)
@@ -644,6 +646,7 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
         class_labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
             raise TypeError(f"`class_labels` has dtype {class_labels.dtype}, but labels are integers.")
+        class_labels = class_labels.to(torch.int64)
         if class_labels.shape[0] == 1:
             class_labels = class_labels.expand(batch_size)
         if class_labels.shape[0] != batch_size:
@@ -668,15 +671,20 @@ class CoPaintPipeline(HubMixin, DiffusionPipeline):
             )
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
+        if not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` is a {type(latents).__name__}, but must be a `torch.Tensor`.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but this call needs {shape}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` has values that are not finite.")
         return latents.to(self._execution_device, self._state_dtype)
 
     def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
-        if not hasattr(self.scheduler, "_levels"):
+        own = self._get_signature_types()["scheduler"][0].__name__
+        if all(base.__name__ != own for base in type(self.scheduler).__mro__):
             raise ValueError(
-                f"`scheduler` is a {type(self.scheduler).__name__}, which was put in place of the pipeline's own: "
-                "make the pipeline anew with it, by `from_pipe(pipe, scheduler=...)`, which converts it."
+                f"`scheduler` is a {type(self.scheduler).__name__}, but this pipeline steps by a {own}: make it anew, "
+                "`type(pipe)(**{**pipe.components, 'scheduler': scheduler})`, which converts it."
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")

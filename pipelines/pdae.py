@@ -1030,6 +1030,7 @@ class PDAEPipeline(HubMixin, DiffusionPipeline):
         class_labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
             raise TypeError(f"`class_labels` has dtype {class_labels.dtype}, but labels are integers.")
+        class_labels = class_labels.to(torch.int64)
         if class_labels.shape[0] == 1:
             class_labels = class_labels.expand(batch_size)
         if class_labels.shape[0] != batch_size:
@@ -1658,6 +1659,8 @@ def pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
         `np.ndarray`: float32 of shape `(height, width, channels)`, values in [0, 1].
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":  # numbers, as in an array
+        return np.repeat(np.asarray(image, dtype=np.float32)[..., None], channels, axis=-1)
     if image.mode.startswith("I"):  # 16 bits, whatever Pillow calls them
         pixels = np.asarray(image, dtype=np.float32) / 65535
         return np.repeat(pixels[..., None], channels, axis=-1)

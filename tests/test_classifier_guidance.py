@@ -16,6 +16,8 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     PNDMScheduler,
     UNet2DModel,
@@ -421,6 +423,11 @@ def test_classifier_is_saved_and_differentiable(pool, norm, tmp_path):
         ({"attention_head_dim": 16}, "of all blocks with attention"),  # divides the last width alone
         ({"sample_size": 7}, "`sample_size` is 7"),
         ({"id2label": {0: "a"}}, "`id2label` has 1 entries for `num_classes`=4"),
+        ({"downsample_type": "x"}, "`downsample_type` is 'x'"),
+        ({"num_classes": 0}, "`num_classes` is 0"),
+        ({"sample_size": (8, 8)}, "images are square"),
+        ({"trained_alphas_cumprod": [1.0, 0.5]}, "has 2 values"),
+        ({"pool": "spatial_v2", "hidden_size": 17}, "`hidden_size` is 17"),
     ],
 )
 def test_bad_classifiers(changes, message):
@@ -575,7 +582,7 @@ def test_any_guidance(pipe):
         run(pipe, cond_fn=lambda sample, timestep: torch.ones(2), batch_size=2)
     with pytest.raises(ValueError, match="`cond_fn` returned NoneType"):
         run(pipe, cond_fn=lambda sample, timestep: None, batch_size=2)
-    with pytest.raises(ValueError, match="not finite: choose a smaller `guidance_scale`"):
+    with pytest.raises(ValueError, match="not finite: see if gradients of `cond_fn` are"):
         run(pipe, cond_fn=lambda sample, timestep: sample / 0, batch_size=2)
 
 
@@ -592,6 +599,113 @@ def test_half_precision_classifier_is_summed_in_single(pipe, dtype):
     images = run(pipe, [0, 1])
     assert images.dtype == torch.float32
     assert all(p.grad is None for p in pipe.classifier.parameters())
+
+
+def test_half_precision_samples_keep_small_gradients(pipe):
+    """A sample in half precision, as a guider may hand over, is differentiated in single precision."""
+    small = lambda x, t: 1e-5 * pipe.classifier(x, t)  # noqa: E731
+    x, t = torch.randn(2, 1, 8, 8).half(), torch.tensor([3, 500])
+    gradient, exact = (ClassifierGradient(small, torch.tensor([1]))(y, t) for y in (x, x.float()))
+    assert gradient.dtype == torch.float32 and torch.equal(gradient, exact)
+
+
+def test_targets_fit_the_batch(pipe):
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 3])
+    one = ClassifierGradient(pipe.classifier, torch.tensor([1]))(x, t)
+    assert torch.equal(one, ClassifierGradient(pipe.classifier, torch.tensor([1, 1]))(x, t))
+    assert torch.equal(one, ClassifierGradient(pipe.classifier, torch.tensor(1, dtype=torch.uint8))(x, t))
+    assert torch.equal(one, ClassifierGradient(pipe.classifier, torch.eye(4)[[1]])(x, t))
+    for wrong in (torch.tensor([1, 2, 3]), torch.tensor([4, 0]), torch.eye(3), torch.eye(4)):
+        with pytest.raises(ValueError, match="`targets` is .* for 2 images and 4 classes"):
+            ClassifierGradient(pipe.classifier, wrong)(x, t)
+    with pytest.raises(TypeError, match="`targets` is 1, but must be a `torch.Tensor`"):
+        ClassifierGradient(pipe.classifier, 1)
+
+
+def test_other_classifiers(pipe):
+    """Any module that gives logits, of any dtype, without a configuration."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 4).half()
+
+        def forward(self, sample, timestep):
+            return self.linear(sample.flatten(1))
+
+    with pytest.raises(TypeError, match=r"`classifier` is a Plain.*cond_fn=ClassifierGradient"):
+        ClassifierGuidancePipeline(pipe.unet, pipe.scheduler, Plain())
+    cond_fn = ClassifierGradient(Plain(), torch.tensor([1, 2]))
+    assert not torch.equal(run(pipe, cond_fn=cond_fn, batch_size=2), run(pipe, batch_size=2, guidance_scale=0))
+
+
+def test_callers_and_callbacks_latents(pipe):
+    """What the caller gave is not changed; what a callback gives is brought to the state's dtype and checked."""
+    noise = torch.ones(1, 1, 8, 8)
+    run(pipe, cond_fn=lambda sample, timestep: sample.requires_grad_().detach().mul_(0), latents=noise)
+    assert torch.equal(noise, torch.ones(1, 1, 8, 8)) and not noise.requires_grad
+    seen = []
+
+    def halve(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].dtype)
+        return {"latents": tensors["latents"].half()}
+
+    run(pipe, 1, callback_on_step_end=halve)
+    assert set(seen) == {torch.float32}
+    with pytest.raises(ValueError, match=r"returned latents of shape \(2, 1, 8, 8\), but must keep \(1, 1, 8, 8\)"):
+        run(pipe, 1, callback_on_step_end=lambda *args: {"latents": torch.zeros(2, 1, 8, 8)})
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "guided"), [(0.28, 25, 18), (0.55, 100, 45), (0.07, 100, 93), (0.5, 5, 2), (0.0, 7, 7)]
+)
+def test_shares_of_steps(start, steps, guided):
+    first, last = module.guided_steps(start, 1.0, steps)
+    assert last - first == guided
+
+
+def test_names_after_saving(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert loaded.classifier.config.id2label[2] == "c"
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(run(loaded, "c"), run(pipe, 2))
+    several = ClassifierGuidancePipeline(pipe.unet, pipe.scheduler, make_classifier(), id2label=["a", "b", "a", "d"])
+    with pytest.raises(ValueError, match=r"several labels, \{'a': \[0, 2\]\}"), no_model_runs(several):
+        run(several, "a")
+
+
+def test_null_labels():
+    unet = make_unet(num_class_embeds=5)
+    pipe = ClassifierGuidancePipeline(unet, DDPMScheduler(), make_classifier(), null_class_label=4)
+    pipe.set_progress_bar_config(disable=True)
+    assert run(pipe, 4, guidance_scale=0).isfinite().all(), "the classifier, which does not know it, is not asked"
+    with pytest.raises(ValueError, match="`classifier` knows the labels 0 to 3"), no_model_runs(pipe):
+        run(pipe, 4)
+    for wrong in (5, -1, "x"):
+        with pytest.raises(ValueError, match="`null_class_label` is .*labels 0 to 4"):
+            ClassifierGuidancePipeline(unet, DDPMScheduler(), null_class_label=wrong)
+    with pytest.raises(ValueError, match="no class embeddings"):
+        ClassifierGuidancePipeline(make_unet(), DDPMScheduler(), null_class_label=1)
+
+
+def test_numpy_and_sizes(pipe):
+    expected = run(pipe, 3)
+    for label in (np.int64(3), np.array([3]), [np.int32(3)], torch.tensor(3)):
+        assert torch.equal(run(pipe, label), expected)
+    unet = make_unet()
+    unet.register_to_config(sample_size=None)
+    other = ClassifierGuidancePipeline(unet, DDPMScheduler())
+    other.set_progress_bar_config(disable=True)
+    assert run(other, latents=torch.randn(1, 1, 16, 8)).shape == (1, 1, 16, 8)
+    with pytest.raises(ValueError, match="no `sample_size`: give `latents`"), no_model_runs(other):
+        run(other)
+    other.scheduler = GuidedScheduler(variance_type="learned_range")
+    with pytest.raises(ValueError, match="`variance_type` is 'learned_range'"), no_model_runs(other):
+        run(other, latents=torch.randn(1, 1, 8, 8))
+    other.scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="but this pipeline steps by a GuidedScheduler"), no_model_runs(other):
+        run(other, latents=torch.randn(1, 1, 8, 8))
 
 
 def test_class_conditional_and_classifier_free(tmp_path):
@@ -631,9 +745,9 @@ def test_classifier_free_formulas_equal_the_recorded_ones():
             torch.testing.assert_close(sample, recorded["combined_in"])
             return UNet2DOutput(sample=recorded["raw"])
 
-    pipe = ClassifierGuidancePipeline(
-        Recorded().double(), GuidedScheduler(variance_type="learned_range"), null_class_label=9
-    )
+    unet = Recorded().double()
+    unet.register_to_config(num_class_embeds=10)
+    pipe = ClassifierGuidancePipeline(unet, GuidedScheduler(variance_type="learned_range"), null_class_label=9)
     x, labels = recorded["x_t"][:2], torch.tensor([0, 1])
     output = pipe._predict(x, 10, labels, 3.0, None)
     torch.testing.assert_close(output, recorded["glide_s3"][:2], rtol=0, atol=1e-12)
@@ -673,6 +787,9 @@ def test_upsampler(tmp_path):
         ({"class_labels": []}, "is empty"),
         ({"class_labels": torch.ones(2, 3)}, r"weights of shape \(2, 3\).*\(batch, 4\)"),
         ({"class_labels": torch.full((1, 4), torch.nan)}, "not all finite"),
+        ({"class_labels": torch.eye(4).long()}, "make weights of classes floats"),
+        ({"latents": torch.full((1, 1, 8, 8), torch.nan)}, "not finite"),
+        ({"timestep_respacing": [500.9, 0]}, "must be whole numbers"),
         ({"class_labels": [1, 2], "batch_size": 3}, "2 entries for `batch_size`=3"),
         ({"class_labels": None}, "`class_labels` are missing: say what the classifier"),
         ({"batch_size": 0}, "`batch_size` is 0"),
@@ -697,6 +814,10 @@ def test_bad_types(pipe):
         ({"class_labels": torch.tensor([True])}, "labels are integers"),
         ({"cond_fn": "bright"}, "`cond_fn` must be a function"),
         ({"cond_fn": []}, "`cond_fn` must be a function"),
+        ({"class_labels": 1.0}, "`class_labels` is 1.0"),
+        ({"class_labels": [None]}, "labels are integers or names"),
+        ({"timestep_respacing": 5}, "`timestep_respacing` is 5"),
+        ({"latents": np.zeros((1, 1, 8, 8))}, "`latents` is a ndarray"),
     ):
         with pytest.raises(TypeError, match=message), no_model_runs(pipe):
             run(pipe, **({"class_labels": 0} | wrong))
@@ -822,6 +943,13 @@ def test_clip_gradient(clip):
         expected = (similarity(x + step) - similarity(x - step)) / 2
     torch.testing.assert_close((gradient * step).sum(), expected, rtol=1e-5, atol=1e-12)
     assert cond_fn(torch.randn(2, 3, 24, 40), t).shape == (2, 3, 24, 40), "other sizes are resized"
+    with pytest.raises(ValueError, match="`prompt` is empty"):
+        ClipGuidance(model, tokenizer, [])
+    conditional = ClassifierGuidancePipeline(make_unet(3, 3, num_class_embeds=4), DDIMScheduler())
+    with pytest.raises(ValueError, match="functools.partial"):
+        ClipGuidance(model, tokenizer, "a", predict=conditional.predict_original_sample)(
+            torch.randn(1, 3, 8, 8), t[:1]
+        )
     with pytest.raises(ValueError, match="`prompt` has 2 texts for 3 images"):
         cond_fn(torch.randn(3, 3, 16, 16), torch.zeros(3))
     assert all(p.grad is None for p in model.parameters())
@@ -896,9 +1024,24 @@ def test_guider_is_honest():
     with pytest.raises(ValueError, match="hands over.*encoder_hidden_states.*add `latents=block_state.latents`"):
         ask(encoder_hidden_states=x)
     torch.testing.assert_close(ask(hidden_states=(x, x)), ask(latents=x))
-    guider.scheduler = None or type("Flow", (), {"config": DDIMScheduler().config})()
-    with pytest.raises(ValueError, match="is a Flow, which has no `alphas_cumprod`"):
-        ask(latents=x)
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), EulerDiscreteScheduler()):
+        guider.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"is a {type(scheduler).__name__}, which has no `alphas_cumprod` or"):
+            ask(latents=x)
+
+
+def test_guider_differentiates_for_its_function_and_leaves_variances():
+    guider = ClassifierGuidanceGuider(2.0, scheduler=DDIMScheduler())
+    guider.cond_fn = lambda x, t: torch.autograd.grad(-x.requires_grad_().square().sum() / 2, x)[0]
+    guider.set_state(step=0, num_inference_steps=10, timestep=torch.tensor(999))
+    with torch.no_grad():
+        [batch] = guider.prepare_inputs({"latents": torch.ones(1, 1, 2, 2)})
+        batch.noise_pred = torch.zeros(1, 2, 2, 2)
+        pred = guider([batch]).pred
+    assert torch.allclose(pred[:, 0], torch.tensor(2.0), atol=1e-4) and torch.equal(pred[:, 1], torch.zeros(1, 2, 2))
+    guider.cond_fn = lambda x, t: None
+    with pytest.raises(ValueError, match="`cond_fn` returned NoneType"):
+        guider([batch])
 
 
 def test_examples(clip, tmp_path):

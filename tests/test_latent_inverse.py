@@ -350,9 +350,9 @@ def test_stock_schedulers_keep_their_own_defaults(one, stock, tokenizer):  # noq
 def test_a_scheduler_that_was_put_in_is_named(one):
     pipe, settings = one
     pipe.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler.*from_pipe"), no_model_runs(pipe):
+    with pytest.raises(ValueError, match="`scheduler` is a DDIMScheduler.*make it anew"), no_model_runs(pipe):
         pipe("ab", IMAGE, MASK, **settings)
-    again = type(pipe).from_pipe(pipe, scheduler=pipe.scheduler)
+    again = type(pipe)(**{**pipe.components, "scheduler": pipe.scheduler})
     again.set_progress_bar_config(disable=True)
     assert again("ab", IMAGE, MASK, **settings).images.isfinite().all()
 
