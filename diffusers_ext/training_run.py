@@ -47,8 +47,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
 
-from diffusers_ext.cli import exit_status
 from diffusers_ext.data import ImageDataset, load_image_dataset
+from diffusers_ext.exit_status import exit_status
 from diffusers_ext.hub import HubMixin, replacing
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_ext import cli
+from diffusers_ext import cli, exit_status
 from diffusers_ext.cli import _COMMANDS, _CONVERTERS, main
 
 
@@ -53,8 +53,9 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 def test_examples() -> None:
-    result = doctest.testmod(cli)
-    assert result.attempted == 4 and result.failed == 0
+    for module in (cli, exit_status):
+        result = doctest.testmod(module)
+        assert result.attempted == 2 and result.failed == 0
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
