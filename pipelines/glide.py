@@ -11,14 +11,17 @@ channels: the networks predict 2 C, the noise and what the variance is interpola
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -50,7 +53,7 @@ class GlideTextEncoderOutput(BaseOutput):
     """
 
     last_hidden_state: torch.Tensor
-    text_embeds: torch.Tensor
+    text_embeds: torch.Tensor | None = None  # with a default, offloading can make it anew from a dict
 
 
 class GlideTextEncoder(ModelMixin, ConfigMixin):
@@ -69,7 +72,7 @@ class GlideTextEncoder(ModelMixin, ConfigMixin):
         projection_dim (`int`, *optional*, defaults to 768): Width of the U-Net's time embedding.
 
     Raises:
-        ValueError: If the heads do not divide the width.
+        ValueError: If the heads do not divide the width, or a number is below 1.
 
     Example:
 
@@ -96,6 +99,9 @@ class GlideTextEncoder(ModelMixin, ConfigMixin):
         projection_dim: int = 768,
     ) -> None:
         super().__init__()
+        for name, value in self.config.items():
+            if not name.startswith("_") and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` is {value!r}, but must be an `int` of at least 1.")
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"`num_attention_heads` is {num_attention_heads}, but must divide `hidden_size`={hidden_size}."
@@ -104,14 +110,12 @@ class GlideTextEncoder(ModelMixin, ConfigMixin):
         self.position_embedding = nn.Parameter(0.01 * torch.randn(max_position_embeddings, hidden_size))
         self.padding_embedding = nn.Parameter(0.01 * torch.randn(max_position_embeddings, hidden_size))
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
+            BasicTransformerBlock(
                 hidden_size,
                 num_attention_heads,
-                dim_feedforward=4 * hidden_size,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
+                hidden_size // num_attention_heads,
+                activation_fn="gelu",
+                attention_bias=True,
             )
             for _ in range(num_hidden_layers)
         )
@@ -165,13 +169,13 @@ class GlideScheduler(SchedulerMixin, ConfigMixin):
     of the timesteps, by float64 levels.
 
     Args:
-        num_train_timesteps (`int`, *optional*, defaults to 1000): `T`.
+        num_train_timesteps (`int`, *optional*, defaults to 1000): `T`, at least 2.
         beta_schedule (`str`, *optional*, defaults to `"squaredcos_cap_v2"`):
             `"squaredcos_cap_v2"` (cosine), which GLIDE uses at 64 x 64, or `"linear"`, which it enlarges with: from
-            `0.1 / T` to `20 / T`.
+            `0.1 / T` to `20 / T`, for a `T` above 20.
 
     Raises:
-        ValueError: For an unknown schedule.
+        ValueError: For an unknown schedule, and too few timesteps for it.
 
     Example:
 
@@ -190,6 +194,13 @@ class GlideScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, beta_schedule: str = "squaredcos_cap_v2") -> None:
+        # the last linear beta, 20 / T, must leave a signal
+        least = 21 if beta_schedule == "linear" else 2
+        if type(num_train_timesteps) is not int or num_train_timesteps < least:
+            raise ValueError(
+                f"`num_train_timesteps` is {num_train_timesteps!r}, but must be an `int` of at least {least} with "
+                f"`beta_schedule`={beta_schedule!r}."
+            )
         if beta_schedule == "squaredcos_cap_v2":
             # abar(u) = cos^2((u + 0.008) / 1.008 pi / 2), https://huggingface.co/papers/2102.09672, eq. 17
             time = np.arange(num_train_timesteps + 1) / num_train_timesteps
@@ -206,6 +217,23 @@ class GlideScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "SchedulerMixin | tuple[SchedulerMixin, dict[str, Any]]":
+        r"""
+        As [`~ConfigMixin.from_config`], which gives a value that was another scheduler's default up for the default
+        of this one; here it is kept.
+
+        Args:
+            config (`Mapping[str, Any]`): The configuration of a scheduler.
+            return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return what was not used too.
+            kwargs (*optional*): What replaces values of `config`.
+        """
+        if isinstance(config, Mapping):
+            config = {name: value for name, value in config.items() if name != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def set_timesteps(self, num_inference_steps: int | str, device: str | torch.device | None = None) -> None:
         r"""
@@ -323,8 +351,11 @@ class GlideScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`DDPMSchedulerOutput`].
 
         Raises:
-            ValueError: For another sampler, a timestep that was not chosen, or a network without learned variance.
+            ValueError: For another sampler, a timestep that was not chosen, a network without learned variance, or
+                one of `image` and `keep_mask` without the other.
         """
+        if (image is None) != (keep_mask is None):
+            raise ValueError("`image` and `keep_mask` belong together: give both, or none.")
         if sampler not in ("ddpm", "ddim"):
             raise ValueError(f"`sampler` is {sampler!r}, but must be 'ddpm' or 'ddim'.")
         if int(timestep) not in self._levels:
@@ -381,6 +412,8 @@ def pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
         `np.ndarray`: float32 of shape `(height, width, channels)`, values in [0, 1].
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":  # numbers, as in an array
+        return np.repeat(np.asarray(image, dtype=np.float32)[..., None], channels, axis=-1)
     if image.mode.startswith("I"):  # 16 bits, whatever Pillow calls them
         pixels = np.asarray(image, dtype=np.float32) / 65535
         return np.repeat(pixels[..., None], channels, axis=-1)
@@ -508,6 +541,29 @@ class GlidePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
+def _side(unet: UNet2DConditionModel | ModelMixin) -> int | None:
+    """The side of the square images that `unet` was made for."""
+    size = unet.config.sample_size
+    if isinstance(size, list | tuple):
+        size = size[0] if len(set(size)) == 1 else None
+    return size
+
+
+def _checked(name: str, found: object, sample: torch.Tensor, step: int) -> torch.Tensor:
+    """What the user's function `name` gave at a step, which must be like `sample`."""
+    if not isinstance(found, torch.Tensor) or found.is_complex():
+        kind = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+        raise TypeError(f"`{name}` gave a {kind} at step {step}, but must give a tensor of floats.")
+    if found.shape != sample.shape:
+        raise ValueError(
+            f"`{name}` gave shape {tuple(found.shape)} at step {step}, but must give that of the images, "
+            f"{tuple(sample.shape)}."
+        )
+    if not found.isfinite().all():
+        raise ValueError(f"`{name}` gave values that are not finite at step {step}.")
+    return found.to(sample)
+
+
 class GlidePipeline(HubMixin, DiffusionPipeline):
     r"""
     Text to image, and inpainting by text, with GLIDE (https://huggingface.co/papers/2112.10741).
@@ -551,17 +607,18 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
         missing = [name for name, part in parts.items() if part is None]
         if 0 < len(missing) < len(parts):
             raise ValueError(f"`{'`, `'.join(missing)}` is missing: give all of {list(parts)}, or none.")
-        stages = [("unet", unet, text_encoder, scheduler, (1, 2))]
+        stages = [("unet", unet, text_encoder, (1, 2))]
         if upsampler is not None:
-            stages.append(("upsampler", upsampler, upsampler_text_encoder, upsampler_scheduler, (2, 3)))
-        for name, network, encoder, levels, (plain, inpainting) in stages:
+            stages.append(("upsampler", upsampler, upsampler_text_encoder, (2, 3)))
+        for name, network, encoder, (plain, inpainting) in stages:
             config, colors = network.config, unet.config.out_channels // 2
             allowed = (plain * colors, inpainting * colors + 1)
-            if config.in_channels not in allowed or config.out_channels != 2 * colors or config.sample_size is None:
+            if config.in_channels not in allowed or config.out_channels != 2 * colors or _side(network) is None:
                 raise ValueError(
                     f"`{name}` has {config.in_channels} input and {config.out_channels} output channels and "
-                    f"`sample_size`={config.sample_size}, but needs a size, {2 * colors} output channels (the noise "
-                    f"and a learned variance) and {allowed[0]} input channels, or {allowed[1]} for inpainting."
+                    f"`sample_size`={config.sample_size}, but needs a size (of a square), {2 * colors} output "
+                    f"channels (the noise and a learned variance) and {allowed[0]} input channels, or {allowed[1]} "
+                    "for inpainting."
                 )
             time_embed_dim = 4 * config.block_out_channels[0]
             widths = (encoder.config.hidden_size, encoder.config.projection_dim)
@@ -571,16 +628,12 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
                     f"{(config.cross_attention_dim, time_embed_dim)} with `class_embed_type`="
                     f"{config.class_embed_type!r}: they must agree, and the type be 'identity'."
                 )
-            if all(base.__name__ != "GlideScheduler" for base in type(levels).__mro__):
+            if len(tokenizer) > encoder.config.vocab_size:
                 raise ValueError(
-                    f"the scheduler of `{name}` is a {type(levels).__name__}, but only `GlideScheduler` knows GLIDE's "
-                    "choices of timesteps and its learned variance: make one with the same `beta_schedule`."
+                    f"`tokenizer` has {len(tokenizer)} tokens, but the text encoder of `{name}` knows "
+                    f"{encoder.config.vocab_size}: take the vocabulary that it was trained with, that of GPT-2."
                 )
-        if len(tokenizer) > text_encoder.config.vocab_size:
-            raise ValueError(
-                f"`tokenizer` has {len(tokenizer)} tokens, but `text_encoder` knows {text_encoder.config.vocab_size}: "
-                "take the vocabulary that it was trained with, which is that of GPT-2."
-            )
+        self._check_schedulers(scheduler, upsampler_scheduler)
         self.register_modules(
             unet=unet,
             text_encoder=text_encoder,
@@ -611,23 +664,27 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
             )
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
+        if not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` is a {type(latents).__name__}, but must be a `torch.Tensor`.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but this call needs {shape}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` has values that are not finite.")
         return latents.to(self._execution_device, self._state_dtype)
 
-    # Copied from pipelines.copaint.CoPaintPipeline._check_output
-    def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
-        if not hasattr(self.scheduler, "_levels"):
+    def _check_schedulers(self, scheduler: SchedulerMixin, upsampler_scheduler: SchedulerMixin | None) -> None:
+        """On making the pipeline, and on every call: they may have been replaced."""
+        for name, levels in (("scheduler", scheduler), ("upsampler_scheduler", upsampler_scheduler)):
+            is_own = any(base.__name__ == "GlideScheduler" for base in type(levels).__mro__)
+            if not is_own and (levels is not None or name == "scheduler"):
+                raise ValueError(
+                    f"`{name}` is a {type(levels).__name__}, but only `GlideScheduler` knows GLIDE's choices of "
+                    "timesteps and its learned variance: make one with the same `beta_schedule`."
+                )
+        if scheduler is upsampler_scheduler:
             raise ValueError(
-                f"`scheduler` is a {type(self.scheduler).__name__}, which was put in place of the pipeline's own: "
-                "make the pipeline anew with it, by `from_pipe(pipe, scheduler=...)`, which converts it."
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}, but must be of {self._callback_tensor_inputs}."
+                "`scheduler` and `upsampler_scheduler` are one object, but each keeps the timesteps of its own "
+                "network: give a second one, `GlideScheduler.from_config(scheduler.config)`."
             )
 
     def _encode_prompts(
@@ -636,7 +693,9 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
         """Hidden states and the projected last one; GLIDE reads lower case and no token for start or end."""
         length = text_encoder.config.max_position_embeddings
         # What looks like a special token in a prompt is text.
-        tokens = self.tokenizer([prompt.lower() for prompt in prompts], split_special_tokens=True).input_ids
+        tokens = self.tokenizer(
+            [prompt.lower() for prompt in prompts], split_special_tokens=True, add_special_tokens=False
+        ).input_ids
         if max(len(words) for words in tokens) > length:
             logger.warning(f"a prompt has more than {length} tokens: the rest of it is left out.")
         attention_mask = torch.zeros(len(prompts), length, dtype=torch.int64)
@@ -682,14 +741,15 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
             prompt (`str` or `list[str]`): What to see, one for all images or one each; read in lower case.
             image (*optional*):
                 For inpainting, one square image or several, as PIL images, or arrays or tensors with values in [0, 1],
-                of any size: they are resized to what the networks paint.
+                of any one size: they are resized to what the networks paint.
             mask_image (*optional*):
                 White (1) is painted, black (0) is kept; one mask for all images or one each. What counts is the mask
                 in the size of the small image, where one pixel stands for 4 x 4 of the large one.
             num_inference_steps (`int` or `str`, *optional*, defaults to 100):
                 Number of levels, or sections of them, see [`GlideScheduler.set_timesteps`].
             guidance_scale (`float`, *optional*, defaults to 3.0): `s`; 1 is no guidance, and half the work.
-            negative_prompt (`str` or `list[str]`, *optional*, defaults to `""`): What to go away from.
+            negative_prompt (`str` or `list[str]`, *optional*, defaults to `""`):
+                What to go away from, one for all images or one each; not read with `guidance_scale=1`.
             sampler (`str`, *optional*, defaults to `"ddpm"`): `"ddpm"` (ancestral) or `"ddim"`.
             cond_fn (`Callable`, *optional*):
                 `cond_fn(sample, timestep)`, the gradient of what is to grow, such as the likeness of image and text by
@@ -708,7 +768,8 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
             generator (`torch.Generator` or a list of them, *optional*): One for all, or one per result, which then
                 depends on no other.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"` (the tensor in [-1, 1], not clipped).
+                `"pil"` (one or three channels), `"np"` or `"pt"` (values in [0, 1]), or `"latent"` (the tensor in
+                [-1, 1], not clipped).
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return a [`GlidePipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
                 `callback(pipe, step, timestep, callback_kwargs)` after every step, of the upsampler too, whose steps
@@ -717,9 +778,9 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
                 What of `"latents"` and `"pred_original_sample"` is in `callback_kwargs`.
 
         Raises:
-            TypeError: For prompts, images and masks of a type that cannot be used.
-            ValueError: For arguments that do not fit each other or are out of range, before a model runs; for a
-                gradient of another shape.
+            TypeError: For prompts, images, masks, numbers and gradients of a type that cannot be used.
+            ValueError: For arguments that do not fit each other or are out of range, before a model runs; for
+                gradients and latents of another shape, or that are not finite.
 
         Example:
 
@@ -741,23 +802,50 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
         for name, texts in (("prompt", prompts), ("negative_prompt", negative_prompts)):
             if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"`{name}` is {texts!r}, but must be a `str` or a list of them.")
-        for name, count in (("num_images_per_prompt", num_images_per_prompt), ("prompt", len(prompts))):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"`{name}` is {count}, but must be an `int` of at least 1.")
-        if upsample and self.upsampler is None:
-            raise ValueError("`upsample` is `True`, but this pipeline has no `upsampler`: load one with it.")
+            if not texts:
+                raise ValueError(f"`{name}` is {texts!r}, but must hold at least one text.")
+        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
+            raise ValueError(
+                f"`num_images_per_prompt` is {num_images_per_prompt}, but must be an `int` of at least 1."
+            )
+        if self.upsampler is None:
+            given = {
+                "upsample": bool(upsample),
+                "upsampler_num_inference_steps": upsampler_num_inference_steps != "fast27",
+                "upsampler_sampler": upsampler_sampler is not None,
+                "upsampler_noise_scale": upsampler_noise_scale != 0.997,
+            }
+            if any(given.values()):
+                raise ValueError(
+                    f"`{next(name for name in given if given[name])}` was given, but this pipeline has no "
+                    "`upsampler`: load one with it."
+                )
+        for name, value in (("guidance_scale", guidance_scale), ("upsampler_noise_scale", upsampler_noise_scale)):
+            if not isinstance(value, Real):
+                raise TypeError(f"`{name}` is {value!r}, but must be a number.")
         if not math.isfinite(guidance_scale) or not 0 < upsampler_noise_scale < math.inf:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale} and `upsampler_noise_scale` is {upsampler_noise_scale}, but "
                 "they must be finite, and the second one positive."
             )
-        self._check_output(output_type, callback_on_step_end_tensor_inputs)
+        self._check_schedulers(self.scheduler, self.upsampler_scheduler)
+        colors = self.unet.config.out_channels // 2
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
+        if output_type == "pil" and colors not in (1, 3):
+            raise ValueError(
+                f"`output_type` is 'pil', but the images have {colors} channels: take 'np', 'pt' or 'latent'."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}, but must be of {self._callback_tensor_inputs}."
+            )
         stages = [("unet", self.unet, self.text_encoder, self.scheduler, sampler, num_inference_steps)]
         if self.upsampler is not None and upsample is not False:
             parts = (self.upsampler, self.upsampler_text_encoder, self.upsampler_scheduler)
             sampler = upsampler_sampler or ("ddim" if image is None else "ddpm")
             stages.append(("upsampler", *parts, sampler, upsampler_num_inference_steps))
-        colors = self.unet.config.out_channels // 2
         for stage, (name, unet, _, scheduler, sampler, steps) in enumerate(stages):
             if sampler not in ("ddpm", "ddim"):
                 raise ValueError(
@@ -777,22 +865,23 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
                 f"`image` has (height, width) {tuple(images.shape[-2:])}, but GLIDE paints squares: crop it or pad it."
             )
         counts = [len(prompts), len(negative_prompts), 1 if images is None else len(images)]
-        if not set(counts) <= {1, max(counts)}:
+        most = max(counts if guidance_scale != 1 else counts[::2])
+        if not set(counts) <= {1, most}:
             raise ValueError(
-                f"`prompt`, `negative_prompt` and `image` have {counts} entries: give one for all, or as many of each."
+                f"`prompt`, `negative_prompt` and `image` have {counts} entries: give one for all, or as many of each"
+                f"{' (the second one is not read with `guidance_scale=1`)' if guidance_scale == 1 else ''}."
             )
-        size, batch_size = self.unet.config.sample_size, max(counts) * num_images_per_prompt
-        keep_mask = None if images is None else prepare_keep_mask(mask_image, max(counts), size, size)
+        size, batch_size = _side(self.unet), most * num_images_per_prompt
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        keep_mask = None if images is None else prepare_keep_mask(mask_image, most, size, size)
         latents = self._prepare_latents(latents, (batch_size, colors, size, size), generator)
-        prompts, negative_prompts = (
-            list(texts) * (max(counts) // len(texts)) for texts in (prompts, negative_prompts)
-        )
+        prompts, negative_prompts = (list(texts) * (most // len(texts)) for texts in (prompts, negative_prompts))
 
         # 2. From noise to a small image, and from noise and the small image to a large one
         step = -1
         with self.progress_bar(total=sum(len(stage[3].timesteps) for stage in stages)) as progress_bar:
             for stage, (_, unet, text_encoder, scheduler, sampler, _) in enumerate(stages):
-                size, is_guided = unet.config.sample_size, stage == 0 and guidance_scale != 1
+                size, is_guided = _side(unet), stage == 0 and guidance_scale != 1
                 conditions = self._encode_prompts(prompts + negative_prompts * is_guided, text_encoder)
                 hidden_states, text_embeds = (
                     tensor.to(unet.dtype).repeat_interleave(num_images_per_prompt, dim=0) for tensor in conditions
@@ -827,25 +916,25 @@ class GlidePipeline(HubMixin, DiffusionPipeline):
                         model_output = torch.cat([eps, model_output[:batch_size, colors:]], dim=1)
                     gradient = None
                     if cond_fn is not None and stage == 0:
-                        gradient = cond_fn(latents, timesteps[:batch_size]).to(latents)
-                        if gradient.shape != latents.shape:
-                            raise ValueError(
-                                f"`cond_fn` gave shape {tuple(gradient.shape)}, but must give the gradient for "
-                                f"`sample`, of shape {tuple(latents.shape)}."
-                            )
+                        found = cond_fn(latents.clone(), timesteps[:batch_size])  # it may change what it gets
+                        gradient = _checked("cond_fn", found, latents, step + 1)
                     latents, pred_original_sample = scheduler.step(
                         model_output, timestep, latents, sampler, gradient, known, keep, generator, return_dict=False
                     )
                     step += 1
+                    if not latents.isfinite().all():
+                        raise ValueError(
+                            f"the images are not finite after step {step}: run the networks in float32, and see "
+                            "whether their weights are finite."
+                        )
                     if callback_on_step_end is not None:
                         tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
                         chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+                        changed = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+                        latents = _checked("callback_on_step_end", changed, latents, step)
                     progress_bar.update()
 
         # 3. Images
-        if not latents.isfinite().all():
-            raise ValueError("the images are not finite: run the networks in float32, and see if their weights are.")
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

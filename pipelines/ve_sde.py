@@ -10,8 +10,10 @@ score is `grad_x log p_t(x)`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +128,24 @@ class VESDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`correct_steps` is {correct_steps}, but must be an `int` of at least 0.")
         self.init_noise_sigma = float(self.sigma(1.0))
         self.set_timesteps(num_train_timesteps)
+
+    # Copied from pipelines.glide.GlideScheduler.from_config
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "SchedulerMixin | tuple[SchedulerMixin, dict[str, Any]]":
+        r"""
+        As [`~ConfigMixin.from_config`], which gives a value that was another scheduler's default up for the default
+        of this one; here it is kept.
+
+        Args:
+            config (`Mapping[str, Any]`): The configuration of a scheduler.
+            return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return what was not used too.
+            kwargs (*optional*): What replaces values of `config`.
+        """
+        if isinstance(config, Mapping):
+            config = {name: value for name, value in config.items() if name != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def sigma(self, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
         r"""
@@ -272,13 +292,17 @@ class VESDEScheduler(SchedulerMixin, ConfigMixin):
         snr = self.config.snr if snr is None else snr
         if variance_noise is None:
             variance_noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+        # Half precision holds neither the norms nor the step's size.
+        dtype, wide = sample.dtype, torch.promote_types(sample.dtype, torch.float32)
+        score, sample, variance_noise = score.to(wide), sample.to(wide), variance_noise.to(wide)
         noise_norm, score_norm = (x.flatten(1).norm(dim=1) for x in (variance_noise, score))
         if self.config.batch_norms:
             noise_norm, score_norm = noise_norm.mean(0, keepdim=True), score_norm.mean(0, keepdim=True)
         step_size = 2 * (snr * noise_norm / score_norm) ** 2
         step_size = step_size.reshape(-1, *(1,) * (sample.ndim - 1))
         prev_sample_mean = sample + step_size * score
-        prev_sample = prev_sample_mean + (2 * step_size).sqrt() * variance_noise
+        prev_sample = (prev_sample_mean + (2 * step_size).sqrt() * variance_noise).to(dtype)
+        prev_sample_mean = prev_sample_mean.to(dtype)
         if not return_dict:
             return prev_sample, prev_sample_mean
         return VESDESchedulerOutput(prev_sample=prev_sample, prev_sample_mean=prev_sample_mean)
@@ -299,6 +323,22 @@ class VESDEPipelineOutput(BaseOutput):
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
+
+
+# Copied from pipelines.glide._checked
+def _checked(name: str, found: object, sample: torch.Tensor, step: int) -> torch.Tensor:
+    """What the user's function `name` gave at a step, which must be like `sample`."""
+    if not isinstance(found, torch.Tensor) or found.is_complex():
+        kind = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
+        raise TypeError(f"`{name}` gave a {kind} at step {step}, but must give a tensor of floats.")
+    if found.shape != sample.shape:
+        raise ValueError(
+            f"`{name}` gave shape {tuple(found.shape)} at step {step}, but must give that of the images, "
+            f"{tuple(sample.shape)}."
+        )
+    if not found.isfinite().all():
+        raise ValueError(f"`{name}` gave values that are not finite at step {step}.")
+    return found.to(sample)
 
 
 class VESDEPipeline(HubMixin, DiffusionPipeline):
@@ -332,17 +372,20 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
                 f"`unet` has {unet.config.in_channels} input and {unet.config.out_channels} output channels, but a "
                 "score has the shape of its image: it needs as many outputs as inputs."
             )
-        if all(base.__name__ != "VESDEScheduler" for base in type(scheduler).__mro__):
-            if all(base.__name__ != "ScoreSdeVeScheduler" for base in type(scheduler).__mro__):
-                raise ValueError(
-                    f"`scheduler` is a {type(scheduler).__name__}, which is not of the variance-exploding SDE: give a "
-                    "`VESDEScheduler` with the `sigma_min` and `sigma_max` that the model was trained with."
-                )
-            # without `_use_default_values`, for which `from_config` would put in the defaults of this file
-            config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-            scheduler = VESDEScheduler.from_config(config)
+        if any(base.__name__ == "ScoreSdeVeScheduler" for base in type(scheduler).__mro__):
+            scheduler = VESDEScheduler.from_config(scheduler.config)
+        self._check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False, do_normalize=False)
+
+    def _check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """On making the pipeline, and on every call: it may have been replaced."""
+        if all(base.__name__ != "VESDEScheduler" for base in type(scheduler).__mro__):
+            raise ValueError(
+                f"`scheduler` is a {type(scheduler).__name__}, but this pipeline steps by a `VESDEScheduler`: give "
+                "one with the `sigma_min` and `sigma_max` that the model was trained with, for a "
+                "`ScoreSdeVeScheduler` `VESDEScheduler.from_config(scheduler.config)`."
+            )
 
     # Copied from pipelines.copaint.CoPaintPipeline._state_dtype
     @property
@@ -364,6 +407,7 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
         class_labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
             raise TypeError(f"`class_labels` has dtype {class_labels.dtype}, but labels are integers.")
+        class_labels = class_labels.to(torch.int64)
         if class_labels.shape[0] == 1:
             class_labels = class_labels.expand(batch_size)
         if class_labels.shape[0] != batch_size:
@@ -389,18 +433,13 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
             )
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
+        if not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` is a {type(latents).__name__}, but must be a `torch.Tensor`.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but this call needs {shape}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` has values that are not finite.")
         return latents.to(self._execution_device, self._state_dtype)
-
-    def _check_output(self, output_type: str, tensor_inputs: list[str]) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}, but must be of {self._callback_tensor_inputs}."
-            )
 
     def _score(
         self,
@@ -409,6 +448,7 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
         class_labels: torch.Tensor | None,
         cond_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         guidance_scale: float,
+        step: int,
     ) -> torch.Tensor:
         """`grad log p_t(x)` plus `guidance_scale` times `grad log p_t(y | x)`, equation 14; in the sample's dtype."""
         sigmas = torch.full((sample.shape[0],), sigma, dtype=sample.dtype, device=sample.device)
@@ -417,13 +457,8 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
             score = -score / sigma
         if cond_fn is None:
             return score
-        gradient = cond_fn(sample, sigmas)
-        if gradient.shape != sample.shape:
-            raise ValueError(
-                f"`cond_fn` gave shape {tuple(gradient.shape)}, but a gradient has that of its sample, "
-                f"{tuple(sample.shape)}."
-            )
-        return score + guidance_scale * gradient.to(sample)
+        found = cond_fn(sample.clone(), sigmas)  # it may change what it gets
+        return score + guidance_scale * _checked("cond_fn", found, sample, step)
 
     @torch.no_grad()
     def __call__(
@@ -484,9 +519,9 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
                 What is in `callback_kwargs`: `"latents"`.
 
         Raises:
-            TypeError: For class labels that are no integers.
+            TypeError: For class labels that are no integers, and numbers and gradients of other types.
             ValueError: For arguments that do not fit each other or are out of range, before the model runs; for
-                gradients of another shape than the sample; for images that are not finite.
+                gradients and latents of another shape than the sample; for anything that is not finite.
 
         Example:
 
@@ -515,22 +550,32 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
         ```
         """
         # 1. Check inputs
-        if not isinstance(batch_size, int) or batch_size < 1:
+        self._check_scheduler(self.scheduler)
+        if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be an `int` of at least 1.")
         if predictor is not None and predictor not in PREDICTORS:
             raise ValueError(f"`predictor` is {predictor!r}, but must be one of {PREDICTORS}, or `None`.")
         corrector_steps = self.scheduler.config.correct_steps if corrector_steps is None else corrector_steps
-        if not isinstance(corrector_steps, int) or corrector_steps < 0:
+        if type(corrector_steps) is not int or corrector_steps < 0:
             raise ValueError(f"`corrector_steps` is {corrector_steps}, but must be an `int` of at least 0.")
         if predictor is None and corrector_steps == 0:
             raise ValueError("`predictor` is `None` and `corrector_steps` is 0: without both, noise stays noise.")
+        for name, value in (("snr", snr), ("guidance_scale", guidance_scale)):
+            if value is not None and not isinstance(value, Real):
+                raise TypeError(f"`{name}` is {value!r}, but must be a number.")
         if snr is not None and not 0 < snr < math.inf:
             raise ValueError(f"`snr` is {snr}, but must be above 0; leave the corrector out by `corrector_steps=0`.")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be finite.")
         if cond_fn is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but there is no `cond_fn` to guide: give one.")
-        self._check_output(output_type, callback_on_step_end_tensor_inputs)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}, but must be of {self._callback_tensor_inputs}."
+            )
         channels = self.unet.config.in_channels
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(
@@ -543,13 +588,14 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
         sides = size if isinstance(size, tuple | list) else (size, size)
         height, width = (side if given is None else given for given, side in zip((height, width), sides, strict=True))
         factor = 2 ** (len(self.unet.config.get("block_out_channels", (1,))) - 1)
-        if height < 1 or width < 1 or height % factor or width % factor:
+        if any(type(side) is not int or side < 1 or side % factor for side in (height, width)):
             raise ValueError(
                 f"`height` and `width` are {(height, width)}, but the U-Net halves images {int(math.log2(factor))} "
-                f"times: both must be positive multiples of {factor}."
+                f"times: both must be positive `int` multiples of {factor}."
             )
         class_labels = self._prepare_class_labels(class_labels, batch_size)
         self.scheduler.set_timesteps(num_inference_steps)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         latents = self._prepare_latents(latents, (batch_size, channels, height, width), generator)
         latents = latents * self.scheduler.init_noise_sigma
 
@@ -557,22 +603,23 @@ class VESDEPipeline(HubMixin, DiffusionPipeline):
         levels = list(zip(self.scheduler.timesteps.tolist(), self.scheduler.sigmas.tolist(), strict=True))
         for step, (timestep, sigma) in enumerate(self.progress_bar(levels)):
             for _ in range(corrector_steps):
-                score = self._score(latents, sigma, class_labels, cond_fn, guidance_scale)
+                score = self._score(latents, sigma, class_labels, cond_fn, guidance_scale, step)
                 latents = self.scheduler.step_correct(score, latents, snr, generator).prev_sample
             if predictor is not None:
-                score = self._score(latents, sigma, class_labels, cond_fn, guidance_scale)
+                score = self._score(latents, sigma, class_labels, cond_fn, guidance_scale, step)
                 output = self.scheduler.step_pred(score, timestep, latents, predictor, generator)
                 latents = output.prev_sample if step < len(levels) - 1 else output.prev_sample_mean
+            if not latents.isfinite().all():
+                raise ValueError(
+                    f"the images are not finite after step {step}: run the U-Net in float32, and see whether its "
+                    "weights are finite and whether its score is zero (no Langevin step has a size then)."
+                )
             if callback_on_step_end is not None:
                 chosen = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+                changed = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+                latents = _checked("callback_on_step_end", changed, latents, step)
 
         # 3. Their range
-        if not latents.isfinite().all():
-            raise ValueError(
-                "the images are not finite: run the U-Net in float32, and see whether its weights are and whether its "
-                "score is zero (no Langevin step has a size then)."
-            )
         images = latents
         if output_type != "latent":
             images = (images / 2 + 0.5 if self.scheduler.config.centered else images).clamp(0, 1)

@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import diffusers_ext.convert.glide
 from diffusers_ext import GlidePipeline
+from diffusers_ext.cli import main
 from diffusers_ext.convert.glide import add_arguments, convert_text_encoder, convert_unet, run
 
 # kind -> input channels, multiples of the base width, residual blocks per level, levels with attention
@@ -34,8 +35,8 @@ NETWORKS = {
     "upsample-inpaint": (10, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5)),
 }
 FULL = {"base": 385030726, "base-inpaint": 385037638, "upsample": 398361286, "upsample-inpaint": 398368198}
-TINY = {"channels": 32, "width": 64, "text_layers": 2, "positions": 12, "vocabulary": 260}
-HEAD_DIM, TEXT_HEADS = 32, 4
+HEAD_DIM, TEXT_HEADS, TEXT_LAYERS = 32, 4, 2
+TINY = {"channels": 32, "width": 64, "text_layers": TEXT_LAYERS, "positions": 12, "vocabulary": 260}
 TEXT = re.compile(r"transformer\.|final_ln|token_emb|positional|padding|transformer_proj")
 
 
@@ -251,7 +252,7 @@ def checkpoints(tmp_path_factory):
     """The four checkpoints, as narrow as 64 channels per head allow, for as long as this file is tested."""
     folder = tmp_path_factory.mktemp("glide")
     for kind in NETWORKS:
-        torch.save(drawn(kind, channels=64 if "base" in kind else 32), folder / f"{kind}.pt")
+        torch.save(drawn(kind, channels=64 if "base" in kind else 32, text_layers=16), folder / f"{kind}.pt")
     yield folder
     shutil.rmtree(folder)
 
@@ -290,16 +291,15 @@ def test_unet(kind):
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_text_encoder(is_padded):
     weights = part(drawn("base"), True)
-    encoder = convert_text_encoder(weights, TEXT_HEADS).double()
+    encoder = convert_text_encoder(weights, TEXT_HEADS, TEXT_LAYERS).double()
     tokens, mask = text_inputs()
     mask = mask if is_padded else torch.ones_like(mask)
     expected = run_text(double(weights), tokens, mask)
-    for has_graph in (False, True):  # torch has two implementations of a layer
-        with torch.set_grad_enabled(has_graph):
-            output = encoder(tokens, mask.long() if is_padded else None)
-        for mine, theirs in zip(output.to_tuple(), expected, strict=True):
-            assert theirs.abs().max() > 1
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        output = encoder(tokens, mask.long() if is_padded else None)
+    for mine, theirs in zip(output.to_tuple(), expected, strict=True):
+        assert theirs.abs().max() > 1
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -329,7 +329,7 @@ def test_heads_of_the_unet_matter(head_dim):
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_heads_of_the_text_encoder_matter(heads):
     weights, inputs = part(drawn("base"), True), text_inputs()
-    wrong = convert_text_encoder(weights, heads).double()(*inputs).last_hidden_state
+    wrong = convert_text_encoder(weights, heads, TEXT_LAYERS).double()(*inputs).last_hidden_state
     assert (wrong - run_text(double(weights), *inputs)[0]).abs().max() > 1e-2
 
 
@@ -371,7 +371,8 @@ def test_small_images_alone_safetensors_and_compressed_vocabulary(files):
     convert("weights.safetensors", "mine", "--vocab", "vocab.json.gz", "--merges", "merges.txt.gz")
     pipe = GlidePipeline.from_pretrained("mine")
     assert pipe.upsampler is pipe.upsampler_text_encoder is pipe.upsampler_scheduler is None
-    assert torch.equal(pipe.unet.conv_in.weight, drawn("base", channels=64)["input_blocks.0.0.weight"])
+    expected = torch.load("base.pt", weights_only=True)["input_blocks.0.0.weight"]
+    assert torch.equal(pipe.unet.conv_in.weight, expected)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("The corgi", num_inference_steps=2).images[0]
     assert image.size == (64, 64)
@@ -404,6 +405,14 @@ def test_examples_in_docstrings(files):
         (False, {"input_blocks.0.0.weight": torch.zeros(40, 3, 3, 3)}, "40 channels, but .* 32 groups"),
         (False, {"middle_block.1.encoder_kv.weight": None}, "which takes the text, is missing"),
         (False, {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, "and [0-9]+ more"),  # another network
+        (False, {"input_blocks.0.0.weight": torch.zeros(0, 3, 3, 3)}, "0 channels, but .* 32 groups"),
+        (False, {"middle_block.1.encoder_kv.weight": torch.zeros(5, 0, 1)}, "which takes the text, is missing"),
+        (False, {"out.2.bias": torch.full((6,), math.nan)}, "`out.2.bias` has values that are not finite"),
+        (False, {"out.2.bias": torch.zeros(6, dtype=torch.complex64)}, "`out.2.bias` is torch.strided of .*complex64"),
+        (False, {"out.2.bias": torch.zeros(6, dtype=torch.int64)}, "`out.2.bias` is torch.strided of torch.int64"),
+        (True, {"final_ln.bias": torch.full((64,), math.inf)}, "`final_ln.bias` has values that are not finite"),
+        (True, {"token_embedding.weight": torch.zeros(260, 64).to_sparse()}, "is torch.sparse_coo of torch.float32"),
+        (True, {"token_embedding.weight": torch.zeros(260, 0)}, "`hidden_size` is 0, but must be an `int` of at"),
         (True, {"final_ln.weight": None}, "`final_ln.weight` is missing"),
         (True, {"padding_embedding": None}, "`padding_embedding` is missing"),
         (True, {"token_embedding.weight": None}, "no text transformer"),
@@ -414,7 +423,33 @@ def test_examples_in_docstrings(files):
 def test_weights_that_are_refused(is_text, change, message):
     weights = {k: v for k, v in (part(drawn("base"), is_text) | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
-        convert_text_encoder(weights, TEXT_HEADS) if is_text else convert_unet(weights, HEAD_DIM)
+        convert_text_encoder(weights, TEXT_HEADS, TEXT_LAYERS) if is_text else convert_unet(weights, HEAD_DIM)
+
+
+@pytest.mark.parametrize("layers", ["[01]", "1", "0"])
+def test_layers_that_are_missing(layers):
+    weights = part(drawn("base"), True)
+    weights = {name: w for name, w in weights.items() if not re.match(rf"transformer\.resblocks\.{layers}\.", name)}
+    first = min(layers.strip("[]"))
+    with pytest.raises(ValueError, match=rf"`transformer.resblocks.{first}.attn.c_proj.bias` is missing.* more"):
+        convert_text_encoder(weights, TEXT_HEADS, TEXT_LAYERS)
+    with pytest.raises(ValueError, match="`transformer.resblocks.10.attn.c_proj.bias` is missing"):  # 16 by default
+        convert_text_encoder(part(drawn("base"), True), TEXT_HEADS)
+
+
+@pytest.mark.parametrize("heads", [0, -4, 4.0, None])
+def test_heads_that_are_no_number(heads):
+    with pytest.raises(ValueError, match=f"`attention_head_dim` is {heads}, but must be an `int`"):
+        convert_unet(part(drawn("base"), False), heads)
+    with pytest.raises(ValueError, match=f"`num_attention_heads` is {heads}, but must be an `int`"):
+        convert_text_encoder(part(drawn("base"), True), heads, TEXT_LAYERS)
+
+
+def test_a_whole_checkpoint_is_not_one_network():
+    message = "is unknown, .* and [0-9]+ more. Give all weights of this network, and none of another"
+    with pytest.raises(ValueError, match=message) as error:
+        convert_unet(drawn("base"), HEAD_DIM)
+    assert len(str(error.value)) < 400
 
 
 def test_a_wrong_name_is_both_missing_and_unknown():
@@ -429,7 +464,7 @@ def test_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="heads of 64"):
         convert_unet(part(drawn("base"), False), 64)
     with pytest.raises(ValueError, match="`num_attention_heads` is 7"):
-        convert_text_encoder(part(drawn("base"), True), 7)
+        convert_text_encoder(part(drawn("base"), True), 7, TEXT_LAYERS)
 
 
 class _Code:
@@ -445,14 +480,33 @@ class _Code:
         (("base.pt", "out", "--upsampler", "upsample-inpaint.pt"), "one of .* inpaints and the other does not"),
         (("base.pt", "full"), "`full` exists and is not an empty folder"),
         (("base.pt", "merges.txt"), "exists and is not an empty folder"),
+        (("base.pt", "new/.."), "`new/..` exists and is not an empty folder"),
+        (("base.pt", "loop"), "`loop` exists and is not an empty folder"),
+        (("base.pt", "merges.txt/new/out"), "is below `.*merges.txt`, which is no folder"),
+        (("intkey.pt", "out"), "something else than weights"),
         (("code.pt", "out"), "would run code"),
         (("merges.txt", "out"), "cannot be read as a checkpoint"),
         (("list.pt", "out"), "something else than weights"),
-        (("base.pt", "out", "--vocab", "large.json"), "knows 260: give the vocabulary of GPT-2"),
+        (
+            ("base.pt", "out", "--vocab", "large.json", "--merges", "large.txt"),
+            "knows 260: give the vocabulary of GPT-2",
+        ),
         (("base.pt", "out", "--vocab", "merges.txt"), "cannot be read as JSON"),
         (("base.pt", "out", "--vocab", "list.json"), "is no vocabulary"),
         (("base.pt", "out", "--vocab", "base.pt"), "cannot be read as text"),
-        (("base.pt", "out", "--merges", "wrong.txt"), r"1 lines that are no pair .*\['x', 'y'\]"),
+        (("base.pt", "out", "--merges", "wrong.txt"), r"1 lines that are no pair .*\('x y'\)"),
+        (("base.pt", "out", "--merges", "vocab.json"), "1 lines that are no pair .{100,200}$"),
+        (
+            ("base.pt", "out", "--merges", "empty.txt"),
+            "has 0 merges, 0 of them different, but the 260 tokens .* need 3",
+        ),
+        (("base.pt", "out", "--merges", "short.txt"), "has 2 merges, 2 of them"),
+        (("base.pt", "out", "--merges", "double.txt"), "has 4 merges, 3 of them"),
+        (("base.pt", "out", "--merges", "again.txt"), "has 3 merges, 2 of them"),
+        (("base.pt", "out", "--vocab", "mixed.json"), "is no vocabulary"),
+        (("base.pt", "out", "--vocab", "null.json"), "is no vocabulary"),
+        (("base.pt", "out", "--vocab", "deep.json"), "cannot be read as JSON"),
+        (("base.pt", "out", "--vocab", "damaged.json.gz"), "cannot be read as text"),
         (("base.pt", "out", "--merges", "broken.gz"), "cannot be read as text"),
     ],
 )
@@ -462,7 +516,24 @@ def test_input_that_is_refused(files, words, message, capsys):
     (files / "full").mkdir()
     (files / "full" / "mine").write_text("keep")
     tokens = json.loads(Path("vocab.json").read_text())
-    Path("large.json").write_text(json.dumps(tokens | {"more": len(tokens)}))
+    Path("large.json").write_text(json.dumps(tokens | {"he": len(tokens)}))
+    merges = Path("merges.txt").read_text(encoding="utf-8")
+    for name, text in {
+        "large.txt": f"{merges}h e\n",
+        "empty.txt": "",
+        "short.txt": merges.removesuffix("Ġ the\n"),
+        "double.txt": f"{merges}t h\n",
+        "again.txt": merges.replace("Ġ the", "t h"),
+        "mixed.json": '{"a": "x", "b": 1}',
+        "null.json": '{"a": null, "b": 0}',
+        "deep.json": "[" * 100000,
+    }.items():
+        Path(name).write_text(text, encoding="utf-8")
+    packed = bytearray(gzip.compress(Path("vocab.json").read_bytes()))
+    packed[20:60] = b"\xff" * 40
+    Path("damaged.json.gz").write_bytes(packed)
+    torch.save({1: torch.zeros(1)}, "intkey.pt")
+    Path("loop").symlink_to("loop")
     Path("list.json").write_text("[1, 2]")
     Path("wrong.txt").write_text("#version: 0.2\nt h\nx y\n")
     Path("broken.gz").write_text("no gzip")
@@ -478,3 +549,37 @@ def test_files_that_do_not_exist(files):
         convert("nosuch.pt", "out", *VOCABULARY)
     with pytest.raises(FileNotFoundError, match="nosuch"):
         convert("base.pt", "out", "--vocab", "nosuch.json", "--merges", "merges.txt")
+
+
+@pytest.mark.parametrize("data", [b".", b"a", b"J", b"h\x01.", b"\x80", b"e.", b"\x80\x02R.", b"PK\x03\x04", b""])
+@pytest.mark.parametrize("name", ["damaged.pt", "damaged.SAFETENSORS"])
+def test_damaged_files_end_in_one_line(files, name, data, capsys):
+    Path(name).write_bytes(data)
+    assert main(["convert", "glide", name, "out", *VOCABULARY]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: `{name}` cannot be read as a checkpoint of tensors: .*\n", error)
+
+
+def test_upper_case_suffixes_and_windows_line_ends(files):
+    save_file(torch.load("base.pt", weights_only=True), "base.SAFETENSORS")
+    Path("windows.txt").write_bytes(Path("merges.txt").read_bytes().replace(b"\n", b"\r\n"))
+    Path("vocab.GZ").write_bytes(gzip.compress(Path("vocab.json").read_bytes()))
+    convert("base.SAFETENSORS", "out", "--vocab", "vocab.GZ", "--merges", "windows.txt")
+    assert GlidePipeline.from_pretrained("out").tokenizer("the the").input_ids == [257, 258]
+
+
+@pytest.mark.parametrize("target", ["real", "new/folder"], ids=["an empty folder", "nothing"])
+def test_out_is_a_link(files, target):
+    Path("real").mkdir()
+    Path("link").symlink_to(target)
+    convert("base.pt", "link", *VOCABULARY)
+    assert Path("link").is_symlink() and (files / target / "model_index.json").is_file()
+    assert not list(files.glob(".*"))
+
+
+def test_out_is_the_working_folder(files, monkeypatch):
+    (files / "here").mkdir()
+    monkeypatch.chdir("here")
+    with pytest.raises(ValueError, match="`.` exists and is .* the one that you are in"):
+        convert("../base.pt", ".", "--vocab", "../vocab.json", "--merges", "../merges.txt")
+    assert not list(Path().iterdir())

@@ -7,6 +7,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Tokenizer
 
-from diffusers_ext import GlidePipeline, GlideTextEncoder
+from diffusers_ext import GlidePipeline, GlideTextEncoder, RePaintDDPMScheduler
 from diffusers_ext.pipelines.glide import GlideScheduler
 
 glide = importlib.import_module("diffusers_ext.pipelines.glide")
@@ -105,7 +106,7 @@ class TestGlide(PipelineContract):
         return make_parts(self.tokenizer)
 
     def inputs(self, batch_size):
-        return {"prompt": PROMPTS[:batch_size], **SHORT}
+        return {"prompt": PROMPTS[:batch_size], "num_inference_steps": 3}
 
 
 class TestGlideInpaintingTwoStages(TestGlide):
@@ -241,6 +242,32 @@ def test_steps_that_are_refused():
         scheduler.step(x.repeat(1, 2, 1, 1), 999, x, sampler="plms")
     with pytest.raises(ValueError, match="`beta_schedule` is 'sigmoid'"):
         GlideScheduler(beta_schedule="sigmoid")
+    for known in ({"image": x}, {"keep_mask": x[:, :1]}):
+        with pytest.raises(ValueError, match="`image` and `keep_mask` belong together"):
+            scheduler.step(x.repeat(1, 2, 1, 1), 999, x, **known)
+
+
+@pytest.mark.parametrize(
+    ("steps", "schedule", "least"),
+    [
+        *((steps, "squaredcos_cap_v2", 2) for steps in (0, 1, -3, 5.5, True)),
+        *((steps, "linear", 21) for steps in (20, 10, 0)),
+    ],
+)
+def test_too_few_training_timesteps(steps, schedule, least):
+    with pytest.raises(
+        ValueError, match=f"`num_train_timesteps` is {steps}, but must be an `int` of at least {least}"
+    ):
+        GlideScheduler(steps, schedule)
+    levels = GlideScheduler(least, schedule).alphas_cumprod
+    assert (levels > 0).all() and (levels.diff() < 0).all()
+
+
+def test_settings_of_another_scheduler_are_kept():
+    assert GlideScheduler.from_config(DDPMScheduler().config).config.beta_schedule == "linear"
+    cosine = GlideScheduler.from_config(DDPMScheduler().config, beta_schedule="squaredcos_cap_v2")
+    assert cosine.config.beta_schedule == "squaredcos_cap_v2"
+    assert GlideScheduler.from_config(GlideScheduler(500, "linear").config).config.num_train_timesteps == 500
 
 
 # -- guidance
@@ -409,7 +436,91 @@ def test_the_whole(tokenizer, kind):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("own_latents", [False, True])
+def test_gradients_may_change_what_they_get(tokenizer, own_latents):
+    pipe = make(tokenizer)
+    latents = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    before = latents.clone()
+
+    def cond_fn(sample, timestep):
+        sample.mul_(2)
+        return torch.zeros_like(sample)
+
+    images = [
+        pipe(
+            "the",
+            num_inference_steps=2,
+            cond_fn=function,
+            latents=latents if own_latents else None,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        for function in (cond_fn, None)
+    ]
+    assert torch.equal(*images) and torch.equal(latents, before)
+
+
+def test_callbacks_keep_the_dtype(tokenizer):
+    pipe, dtypes = make(tokenizer), []
+
+    def callback(pipe, step, timestep, tensors):
+        dtypes.append(tensors["latents"].dtype)
+        return {"latents": tensors["latents"].half()}
+
+    images = pipe("the", num_inference_steps=3, output_type="pt", callback_on_step_end=callback).images
+    assert {*dtypes, images.dtype} == {torch.float32}
+
+
+def test_generators_in_a_tuple(tokenizer):
+    images = [
+        make(tokenizer)(
+            ["a", "b"],
+            num_inference_steps=2,
+            generator=kind(torch.Generator().manual_seed(i) for i in range(2)),
+            output_type="pt",
+        ).images
+        for kind in (list, tuple)
+    ]
+    assert torch.equal(*images)
+
+
+def test_a_pair_of_numbers_as_size(tokenizer):
+    parts = make_parts(tokenizer, upsampler=True) | {"unet": make_unet(3, (8, 8)), "upsampler": make_unet(6, [32, 32])}
+    pipe = GlidePipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("the", output_type="pt", **SHORT).images.shape == (1, 3, 32, 32)
+    assert pipe("the", output_type="pt", upsample=False, num_inference_steps=2).images.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("colors", [1, 4])
+def test_other_numbers_of_colors(tokenizer, colors):
+    parts = make_parts(tokenizer) | {"unet": make_unet(colors, out_channels=2 * colors)}
+    pipe = GlidePipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("the", num_inference_steps=2, output_type="pt").images.shape == (1, colors, 8, 8)
+    if colors == 1:
+        assert pipe("the", num_inference_steps=2).images[0].mode == "L"
+    else:
+        with pytest.raises(ValueError, match="'pil', but the images have 4 channels"), no_model_runs(pipe):
+            pipe("the", num_inference_steps=2)
+
+
 # -- text
+
+
+@pytest.mark.parametrize("how", ["offloaded", "layerwise"])
+def test_weights_that_are_elsewhere(how):
+    """Modules are called, so that hooks on them work: weights come from elsewhere, or are cast for their use."""
+    encoder, ids = make_encoder(num_hidden_layers=2), torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = encoder(ids)[0]
+        if how == "offloaded":
+            accelerate.cpu_offload(encoder, torch.device("cpu"), offload_buffers=True)
+        else:
+            encoder.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        found = encoder(ids)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if how == "offloaded" else 0.5)
+    assert how == "offloaded" or not torch.equal(found, expected)
 
 
 def test_padding_is_its_own_embedding():
@@ -432,6 +543,9 @@ def test_encoder_input_that_is_refused():
         encoder(torch.zeros(1, 12, dtype=torch.int64), torch.ones(1, 5))
     with pytest.raises(ValueError, match="`num_attention_heads` is 3, but must divide `hidden_size`=16"):
         make_encoder(num_attention_heads=3)
+    for name, value in (("num_attention_heads", 0), ("num_hidden_layers", -1), ("vocab_size", 9.0)):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}, but must be an `int` of at least 1"):
+            make_encoder(**{name: value})
 
 
 def test_prompts(tokenizer, caplog):
@@ -445,6 +559,17 @@ def test_prompts(tokenizer, caplog):
     assert mask.sum(1).tolist() == [12, 0, 12]
     assert ids[0].tolist() == [byte[c] for c in "a<|endoftext|>"][:12], "what looks special is text"
     assert "a prompt has more than 12 tokens" in caplog.text
+
+
+def test_tokenizers_that_add_tokens(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    seen = []
+    for parts in ({}, {"tokenizer": GPT2Tokenizer.from_pretrained(tmp_path, add_bos_token=True)}):
+        pipe = GlidePipeline(**make_parts(tokenizer) | parts)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.text_encoder.register_forward_pre_hook(lambda _, args: seen.append(torch.stack(args)))
+        pipe("the a", num_inference_steps=2, guidance_scale=1)
+    assert torch.equal(*seen)
 
 
 # -- inpainting
@@ -501,15 +626,25 @@ def test_pil_images(tokenizer):
     [
         ({}, {"prompt": 5}, TypeError, "`prompt` is 5"),
         ({}, {"prompt": ["a", 5]}, TypeError, "`prompt` is .'a', 5"),
-        ({}, {"prompt": []}, ValueError, "`prompt` is 0, but must be an `int` of at least 1"),
+        ({}, {"prompt": []}, ValueError, r"`prompt` is \[\], but must hold at least one text"),
+        ({}, {"negative_prompt": []}, ValueError, r"`negative_prompt` is \[\], but must hold at least one text"),
         ({}, {"negative_prompt": None}, TypeError, "`negative_prompt` is None"),
         ({}, {"prompt": ["a"] * 3, "negative_prompt": ["b"] * 2}, ValueError, r"have \[3, 2, 1\] entries"),
         ({}, {"num_images_per_prompt": 0}, ValueError, "`num_images_per_prompt` is 0"),
+        ({}, {"num_images_per_prompt": True}, ValueError, "`num_images_per_prompt` is True"),
+        ({}, {"guidance_scale": "3"}, TypeError, "`guidance_scale` is '3', but must be a number"),
+        ({"upsampler": True}, {"upsampler_noise_scale": None}, TypeError, "`upsampler_noise_scale` is None"),
+        ({}, {"negative_prompt": ["a", "b"], "guidance_scale": 1}, ValueError, r"have \[1, 2, 1\] .*not read with"),
+        ({}, {"upsampler_sampler": "ddim"}, ValueError, "`upsampler_sampler` was given, .* has no `upsampler`"),
+        ({}, {"upsampler_num_inference_steps": 9}, ValueError, "`upsampler_num_inference_steps` was given"),
+        ({}, {"upsampler_noise_scale": 1.0}, ValueError, "`upsampler_noise_scale` was given"),
+        ({}, {"latents": torch.full((1, 3, 8, 8), math.nan)}, ValueError, "`latents` has values that are not finite"),
+        ({}, {"latents": np.zeros((1, 3, 8, 8))}, TypeError, "`latents` is a ndarray"),
         ({}, {"guidance_scale": math.nan}, ValueError, "`guidance_scale` is nan"),
         ({"upsampler": True}, {"upsampler_noise_scale": 0}, ValueError, "`upsampler_noise_scale` is 0"),
         ({}, {"sampler": "plms"}, ValueError, "`sampler` is 'plms'"),
         ({"upsampler": True}, {"upsampler_sampler": "plms"}, ValueError, "`upsampler_sampler` is 'plms'"),
-        ({}, {"upsample": True}, ValueError, "`upsample` is `True`, but this pipeline has no `upsampler`"),
+        ({}, {"upsample": True}, ValueError, "`upsample` was given, but this pipeline has no `upsampler`"),
         ({}, {"num_inference_steps": 1}, ValueError, "`num_inference_steps` is 1"),
         ({"upsampler": True}, {"upsampler_num_inference_steps": "ddim37"}, ValueError, "no whole stride takes 37"),
         ({}, {"image": IMAGE, "mask_image": MASK}, ValueError, "`unet` has 3 input channels and was not"),
@@ -537,27 +672,73 @@ def test_upsampler_that_does_not_inpaint(tokenizer):
     assert pipe("the", IMAGE, MASK, upsample=False, num_inference_steps=2).images[0].size == (8, 8)
 
 
-def test_gradient_of_another_shape(tokenizer):
-    with pytest.raises(ValueError, match=r"`cond_fn` gave shape \(1,\), but .* \(1, 3, 8, 8\)"):
-        make(tokenizer)("the", cond_fn=lambda x, t: x[:, 0, 0, 0])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x[:, 0, 0, 0], ValueError, r"gave shape \(1,\) at step 0, but must .* \(1, 3, 8, 8\)"),
+        (lambda x: None, TypeError, "gave a NoneType at step 0, but must give a tensor"),
+        (lambda x: 0.0, TypeError, "gave a float at step 0"),
+        (lambda x: x.numpy(), TypeError, "gave a ndarray at step 0"),
+        (lambda x: x * 1j, TypeError, "gave a torch.complex64 at step 0"),
+        (lambda x: x * math.nan, ValueError, "gave values that are not finite at step 0"),
+    ],
+)
+def test_what_functions_give(tokenizer, change, error, message):
+    pipe = make(tokenizer)
+    with pytest.raises(error, match=f"`cond_fn` {message}"):
+        pipe("the", num_inference_steps=3, cond_fn=lambda x, t: change(x))
+    with pytest.raises(error, match=f"`callback_on_step_end` {message}"):
+        pipe("the", num_inference_steps=3, callback_on_step_end=lambda p, i, t, k: {"latents": change(k["latents"])})
 
 
 def test_images_that_are_not_finite(tokenizer):
-    pipe = make(tokenizer)
+    pipe, runs = make(tokenizer, upsampler=True), []
     pipe.unet.conv_out.bias.data[:] = math.inf
-    with pytest.raises(ValueError, match="not finite"):
-        pipe("the", num_inference_steps=2)
+    for unet in (pipe.unet, pipe.upsampler):
+        unet.register_forward_pre_hook(lambda *args: runs.append(args))
+    with pytest.raises(ValueError, match="the images are not finite after step 0"):
+        pipe("the", num_inference_steps=5)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("name", ["scheduler", "upsampler_scheduler"])
+def test_schedulers_that_were_replaced(tokenizer, name):
+    pipe = make(tokenizer, upsampler=True)
+    for other in (DDPMScheduler(), RePaintDDPMScheduler()):
+        setattr(pipe, name, other)
+        with pytest.raises(ValueError, match=f"`{name}` is a {type(other).__name__}"), no_model_runs(pipe):
+            pipe("the", **SHORT)
+
+
+def test_one_scheduler_for_two_networks(tokenizer):
+    parts = make_parts(tokenizer, upsampler=True)
+    with pytest.raises(ValueError, match="`scheduler` and `upsampler_scheduler` are one object"):
+        GlidePipeline(**parts | {"upsampler_scheduler": parts["scheduler"]})
+    pipe = GlidePipeline(**parts)
+    pipe.upsampler_scheduler = pipe.scheduler
+    with pytest.raises(ValueError, match="`scheduler` and `upsampler_scheduler` are one object"), no_model_runs(pipe):
+        pipe("the", **SHORT)
+
+
+def test_tokens_that_the_upsampler_does_not_know(tokenizer):
+    parts = make_parts(tokenizer, upsampler=True) | {"upsampler_text_encoder": make_encoder(1, vocab_size=9)}
+    with pytest.raises(ValueError, match="260 tokens, but the text encoder of `upsampler` knows 9"):
+        GlidePipeline(**parts)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unet": make_unet(4)}, "`unet` has 4 input .* needs a size, 6 output channels .* 3 input channels, or 7"),
+        ({"unet": make_unet(4)}, "`unet` has 4 input .* needs a size .*, 6 output channels .* 3 input channels, or 7"),
         ({"unet": make_unet(3, None)}, "`sample_size`=None"),
+        ({"unet": make_unet(3, (8, 16))}, r"`sample_size`=\(8, 16\), but needs a size \(of a square\)"),
         ({"unet": make_unet(cross_attention_dim=32)}, r"gives widths \(16, 128\), but `unet` takes \(32, 128\)"),
         ({"unet": make_unet(class_embed_type=None)}, "and the type be 'identity'"),
         ({"text_encoder": make_encoder(projection_dim=64)}, r"gives widths \(16, 64\)"),
-        ({"text_encoder": make_encoder(vocab_size=9)}, "`tokenizer` has 260 tokens, but `text_encoder` knows 9"),
+        (
+            {"text_encoder": make_encoder(vocab_size=9)},
+            "`tokenizer` has 260 tokens, but the text encoder of `unet` knows 9",
+        ),
         ({"scheduler": DDPMScheduler()}, "is a DDPMScheduler, but only `GlideScheduler`"),
         ({"upsampler": make_unet(6, 32)}, "`upsampler_text_encoder`, `upsampler_scheduler` is missing"),
     ],

@@ -193,10 +193,14 @@ def test_stock_pipeline_gives_the_same(batch_size):
 
 def test_stock_scheduler_keeps_its_settings():
     """Also those that are its defaults, or were given by position, which `from_config` replaces by ours."""
+    names = ("num_train_timesteps", "snr", "sigma_min", "sigma_max", "sampling_eps", "correct_steps")
     for stock in (ScoreSdeVeScheduler(), ScoreSdeVeScheduler(500, 0.2, 0.02)):
-        config = VESDEPipeline(make_unet(), stock).scheduler.config
-        names = ("num_train_timesteps", "snr", "sigma_min", "sigma_max", "sampling_eps", "correct_steps")
-        assert {name: config[name] for name in names} == {name: stock.config[name] for name in names}
+        expected = {name: stock.config[name] for name in names}
+        schedulers = [VESDEPipeline(make_unet(), stock).scheduler, VESDEScheduler.from_config(stock.config)]
+        schedulers.append(VESDEScheduler.from_config(schedulers[0].config, batch_norms=True))
+        assert schedulers[-1].config.batch_norms
+        for scheduler in schedulers:
+            assert {name: scheduler.config[name] for name in names} == expected
 
 
 # -- closed forms
@@ -321,6 +325,18 @@ def test_corrector_steps_have_the_given_signal_to_noise_ratio():
     default = VESDEScheduler(snr=0.3).step_correct(score, sample, variance_noise=noise, return_dict=False)
     given = VESDEScheduler(snr=0.1).step_correct(score, sample, 0.3, variance_noise=noise, return_dict=False)
     assert all(torch.equal(a, b) for a, b in zip(default, given, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1000.0, 1e-4])
+def test_corrector_steps_in_half_precision(scale):
+    """Neither the norm of a score nor the size of a step need fit in 16 bits."""
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).half()
+    score, sample = torch.full((1, 3, 64, 64), scale).half(), torch.zeros(1, 3, 64, 64).half()
+    half = VESDEScheduler().step_correct(score, sample, variance_noise=noise)
+    double = VESDEScheduler().step_correct(score.double(), sample.double(), variance_noise=noise.double())
+    for found, expected in zip(half.to_tuple(), double.to_tuple(), strict=True):
+        assert found.dtype == torch.float16 and expected.dtype == torch.float64
+        torch.testing.assert_close(found, expected.half(), rtol=2e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_corrector_improves_a_coarse_predictor():
@@ -510,6 +526,11 @@ def test_last_callback_sees_the_result():
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"batch_size": True}, "`batch_size` is True"),
+        ({"corrector_steps": True}, "`corrector_steps` is True"),
+        ({"height": 8.0}, r"`height` and `width` are \(8.0, 8\).*`int` multiples of 2"),
+        ({"width": "8"}, r"`height` and `width` are \(8, '8'\)"),
+        ({"latents": torch.full((1, 1, 8, 8), math.inf)}, "`latents` has values that are not finite"),
         ({"num_inference_steps": 1}, "`num_inference_steps` is 1.*at least 2"),
         ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5"),
         ({"predictor": "heun"}, "`predictor` is 'heun'.*euler_maruyama.*`None`"),
@@ -552,19 +573,91 @@ def test_unet_without_a_size_needs_one():
     assert pipe(num_inference_steps=3, height=8, width=4, output_type="pt").images.shape == (1, 1, 8, 4)
 
 
-def test_gradients_of_another_shape():
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x[:, 0, 0, 0], ValueError, r"gave shape \(1,\) at step 0, but must .* \(1, 1, 8, 8\)"),
+        (lambda x: None, TypeError, "gave a NoneType at step 0, but must give a tensor"),
+        (lambda x: 0.0, TypeError, "gave a float at step 0"),
+        (lambda x: x.numpy(), TypeError, "gave a ndarray at step 0"),
+        (lambda x: x * 1j, TypeError, "gave a torch.complex64 at step 0"),
+        (lambda x: x * math.nan, ValueError, "gave values that are not finite at step 0"),
+    ],
+)
+def test_what_functions_give(change, error, message):
+    pipe = quiet(VESDEPipeline(make_unet(), VESDEScheduler(sigma_max=1.0)))
+    with pytest.raises(error, match=f"`cond_fn` {message}"):
+        pipe(num_inference_steps=3, cond_fn=lambda sample, sigma: change(sample))
+    with pytest.raises(error, match=f"`callback_on_step_end` {message}"):
+        pipe(num_inference_steps=3, callback_on_step_end=lambda p, i, t, k: {"latents": change(k["latents"])})
+
+
+def test_gradients_may_change_what_they_get():
+    def cond_fn(sample, sigma):
+        sample.mul_(2)
+        return torch.zeros_like(sample)
+
+    pipe = quiet(VESDEPipeline(make_unet(), VESDEScheduler(sigma_max=1.0)))
+    images = [
+        pipe(num_inference_steps=3, cond_fn=f, generator=torch.Generator().manual_seed(0), output_type="latent").images
+        for f in (cond_fn, None)
+    ]
+    assert torch.equal(*images)
+
+
+def test_callbacks_keep_the_dtype():
+    pipe, dtypes = quiet(VESDEPipeline(make_unet(), VESDEScheduler(sigma_max=1.0))), []
+
+    def callback(pipe, step, timestep, tensors):
+        dtypes.append(tensors["latents"].dtype)
+        return {"latents": tensors["latents"].bfloat16()}
+
+    images = pipe(num_inference_steps=3, callback_on_step_end=callback, output_type="pt").images
+    assert {*dtypes, images.dtype} == {torch.float32}
+
+
+def test_generators_in_a_tuple():
+    pipe = quiet(VESDEPipeline(make_unet(), VESDEScheduler(sigma_max=1.0)))
+    images = [
+        pipe(2, 3, generator=kind(torch.Generator().manual_seed(i) for i in range(2)), output_type="pt").images
+        for kind in (list, tuple)
+    ]
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": "3"}, "`guidance_scale` is '3', but must be a number"),
+        ({"snr": "a"}, "`snr` is 'a', but must be a number"),
+        ({"latents": np.zeros((1, 1, 8, 8))}, "`latents` is a ndarray"),
+    ],
+)
+def test_types_that_are_refused(arguments, message):
     pipe = quiet(VESDEPipeline(make_unet(), VESDEScheduler()))
-    with pytest.raises(ValueError, match=r"`cond_fn` gave shape \(1,\).*\(1, 1, 8, 8\)"):
-        pipe(num_inference_steps=3, cond_fn=lambda sample, sigma: sigma)
+    with pytest.raises(TypeError, match=message), no_model_runs(pipe):
+        pipe(num_inference_steps=3, **arguments)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, ScoreSdeVeScheduler])
+def test_schedulers_that_were_replaced(scheduler):
+    pipe = quiet(VESDEPipeline(make_unet(), VESDEScheduler()))
+    pipe.scheduler = scheduler()
+    message = f"`scheduler` is a {scheduler.__name__}.*`VESDEScheduler.from_config"
+    with pytest.raises(ValueError, match=message), no_model_runs(pipe):
+        pipe(num_inference_steps=3)
 
 
 def test_images_that_are_not_finite():
-    unet = make_unet()
+    unet, runs = make_unet(), []
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.zeros_(unet.conv_out.bias)
     pipe = quiet(VESDEPipeline(unet, VESDEScheduler()))
-    with pytest.raises(ValueError, match="not finite.*score is zero"):
-        pipe(num_inference_steps=3)
+    hook = unet.register_forward_pre_hook(lambda *args: runs.append(args))
+    with pytest.raises(ValueError, match="not finite after step 0.*score is zero"):
+        pipe(num_inference_steps=30)
+    assert len(runs) == 2  # corrector and predictor
+    hook.remove()
     assert pipe(num_inference_steps=3, corrector_steps=0, output_type="pt").images.isfinite().all()
 
 

@@ -16,16 +16,15 @@ import gzip
 import json
 import math
 import os
-import pickle
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Tokenizer
@@ -74,7 +73,11 @@ _NAMES = {
     "to_out.0": "proj_out",
 }
 # What a fused projection is made of, for each head in turn.
-_FUSED = {"qkv": ("to_q", "to_k", "to_v"), "encoder_kv": ("add_k_proj", "add_v_proj")}
+_FUSED = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "encoder_kv": ("add_k_proj", "add_v_proj"),
+    "c_qkv": ("to_q", "to_k", "to_v"),
+}
 # The same for the text transformer, by whole names.
 _TEXT_NAMES = {
     "token_embedding.weight": "token_embedding.weight",
@@ -86,13 +89,16 @@ _TEXT_NAMES = {
     "text_projection.bias": "transformer_proj.bias",
 }
 _TEXT_LAYER_NAMES = {
-    "self_attn.in_proj_": "attn.c_qkv.",
-    "self_attn.out_proj.": "attn.c_proj.",
-    "linear1.": "mlp.c_fc.",
-    "linear2.": "mlp.c_proj.",
-    "norm1.": "ln_1.",
-    "norm2.": "ln_2.",
+    "norm1": "ln_1",
+    "attn1.to_q": "attn.c_qkv",
+    "attn1.to_k": "attn.c_qkv",
+    "attn1.to_v": "attn.c_qkv",
+    "attn1.to_out.0": "attn.c_proj",
+    "norm3": "ln_2",
+    "ff.net.0.proj": "mlp.c_fc",
+    "ff.net.2": "mlp.c_proj",
 }
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TEXT_PREFIXES = ("transformer.", "final_ln.", "token_embedding.", "positional_", "padding_", "transformer_proj.")
 
 
@@ -126,8 +132,14 @@ def run(args: argparse.Namespace) -> None:
             be; the message says which and why.
         `OSError`: A file does not exist or cannot be written.
     """
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise ValueError(f"`{args.out}` exists and is not an empty folder: give the name of a new one.")
+    out = Path(os.path.realpath(args.out))  # not a link, and no `..`
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
+        raise ValueError(
+            f"`{args.out}` exists and is not an empty folder, or the one that you are in: give the name of a new one."
+        )
+    above = next(folder for folder in out.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f"`{args.out}` is below `{above}`, which is no folder: give another name.")
     tokenizer = _read_tokenizer(args.vocab, args.merges)
     stages = []
     for expected, path in (("base", args.checkpoint), ("upsampler", args.upsampler)):
@@ -162,13 +174,13 @@ def run(args: argparse.Namespace) -> None:
     pipeline = GlidePipeline(unet, text_encoder, tokenizer, scheduler, *upsampler)
     training = {"converted from OpenAI's files": ", ".join(p.name for p in (args.checkpoint, args.upsampler) if p)}
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as folder:
-        new = Path(folder) / args.out.name
+    with tempfile.TemporaryDirectory(dir=above, prefix=".") as folder:
+        new = Path(folder) / out.name
         pipeline.save_pretrained(new, card={"training": training})
-        if args.out.exists():
-            args.out.rmdir()
-        os.replace(new, args.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            out.rmdir()
+        os.replace(new, out)
     size = stages[-1][0].config.sample_size
     print(f"wrote {args.out}: GlidePipeline for {size} x {size}{', with inpainting' if kinds == {True} else ''}")
 
@@ -187,7 +199,8 @@ def convert_unet(state_dict: Mapping[str, torch.Tensor], attention_head_dim: int
         [`UNet2DConditionModel`]: With the same outputs to rounding, in evaluation mode.
 
     Raises:
-        `ValueError`: The weights are of no GLIDE network, or one is missing, unknown or of the wrong shape.
+        `ValueError`: The weights are of no GLIDE network, or one is missing, unknown, of the wrong shape, or not of
+            finite floats.
 
     Example:
 
@@ -202,6 +215,7 @@ def convert_unet(state_dict: Mapping[str, torch.Tensor], attention_head_dim: int
 
     ```
     """
+    _check_numbers(state_dict)
     network = _NETWORKS[_network(state_dict)]
     conv_in = state_dict["input_blocks.0.0.weight"]
     base = conv_in.shape[0]
@@ -209,11 +223,13 @@ def convert_unet(state_dict: Mapping[str, torch.Tensor], attention_head_dim: int
     has_attention = [network["sample_size"] // 2**level <= 32 for level in range(len(widths))]
     attended = [width for width, attention in zip(widths, has_attention, strict=True) if attention]
     encoder_kv = state_dict.get("middle_block.1.encoder_kv.weight")
-    if encoder_kv is None or encoder_kv.ndim != 3:
+    if encoder_kv is None or encoder_kv.ndim != 3 or encoder_kv.shape[1] == 0:
         raise ValueError(
             "`middle_block.1.encoder_kv.weight`, which takes the text, is missing: this is no GLIDE U-Net."
         )
-    if base % 32 or attention_head_dim < 1 or any(width % attention_head_dim for width in attended):
+    if type(attention_head_dim) is not int or attention_head_dim < 1:
+        raise ValueError(f"`attention_head_dim` is {attention_head_dim!r}, but must be an `int` of at least 1.")
+    if base == 0 or base % 32 or any(width % attention_head_dim for width in attended):
         raise ValueError(
             f"`input_blocks.0.0.weight` has {base} channels, but GLIDE's networks normalize in 32 groups and attend "
             f"in heads of {attention_head_dim} (`attention_head_dim`): both must divide {sorted(set(attended))}."
@@ -236,21 +252,17 @@ def convert_unet(state_dict: Mapping[str, torch.Tensor], attention_head_dim: int
     for name, parameter in unet.state_dict().items():
         module, _, kind = name.rpartition(".")
         key = theirs[name] = f"{_their_name(unet, module)}.{kind}"
-        layer, fused = module.rpartition(".")[2], _FUSED.get(key.split(".")[-2], ("",))
-        shape = (len(fused) * parameter.shape[0], *parameter.shape[1:])
         tensor = state_dict.get(key)
         # Their attention is made of convolutions over a sequence, with a last axis of 1.
         if tensor is not None and tensor.ndim == parameter.ndim + 1 and tensor.shape[-1] == 1:
             tensor = tensor.squeeze(-1)
-        tensors[name] = (tensor, shape)
-        if tensor is not None and tensor.shape == shape and layer in fused:
-            heads = parameter.shape[0] // attention_head_dim
-            part = tensor.unflatten(0, (heads, len(fused), -1))[:, fused.index(layer)].flatten(0, 1)
-            tensors[name] = (part, part.shape)
+        tensors[name] = _split(name, key, tensor, parameter.shape, parameter.shape[0] // attention_head_dim)
     return _load(unet, tensors, theirs, state_dict)
 
 
-def convert_text_encoder(state_dict: Mapping[str, torch.Tensor], num_attention_heads: int = 8) -> GlideTextEncoder:
+def convert_text_encoder(
+    state_dict: Mapping[str, torch.Tensor], num_attention_heads: int = 8, num_hidden_layers: int = 16
+) -> GlideTextEncoder:
     r"""
     The text transformer of a GLIDE network -> [`GlideTextEncoder`].
 
@@ -258,12 +270,14 @@ def convert_text_encoder(state_dict: Mapping[str, torch.Tensor], num_attention_h
         state_dict (`Mapping[str, torch.Tensor]`): Its weights under OpenAI's names, without the U-Net's.
         num_attention_heads (`int`, *optional*, defaults to 8):
             Heads per layer, which weights do not tell; 8 in all of OpenAI's files.
+        num_hidden_layers (`int`, *optional*, defaults to 16): Layers that there must be; 16 in all of OpenAI's files.
 
     Returns:
         [`GlideTextEncoder`]: With the same outputs to rounding, in evaluation mode.
 
     Raises:
-        `ValueError`: A weight is missing, unknown or of the wrong shape, or the heads do not divide the width.
+        `ValueError`: A weight is missing, unknown, of the wrong shape or not of finite floats, or the heads do not
+            divide the width.
 
     Example:
 
@@ -272,39 +286,34 @@ def convert_text_encoder(state_dict: Mapping[str, torch.Tensor], num_attention_h
     >>> from diffusers_ext.convert.glide import convert_text_encoder
 
     >>> weights = torch.load("text_encoder.pt", weights_only=True)
-    >>> text_encoder = convert_text_encoder(weights, num_attention_heads=4)
+    >>> text_encoder = convert_text_encoder(weights, num_attention_heads=4, num_hidden_layers=2)
     >>> text_encoder.config.hidden_size, text_encoder.config.num_hidden_layers
     (64, 2)
 
     ```
     """
+    _check_numbers(state_dict)
     sizes = {}
     for key in ("token_embedding.weight", "positional_embedding", "transformer_proj.weight"):
         if key not in state_dict or state_dict[key].ndim != 2:
             raise ValueError(f"`{key}` is missing or has not two dimensions: this is no text transformer of GLIDE.")
         sizes[key] = state_dict[key].shape
-    indices = (re.match(r"transformer\.resblocks\.(\d+)\.", key) for key in state_dict)
     encoder = GlideTextEncoder(
         vocab_size=sizes["token_embedding.weight"][0],
         max_position_embeddings=sizes["positional_embedding"][0],
         hidden_size=sizes["token_embedding.weight"][1],
-        num_hidden_layers=len({match[1] for match in indices if match}),
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         projection_dim=sizes["transformer_proj.weight"][0],
     )
     tensors, theirs = {}, {}
     for name, parameter in encoder.state_dict().items():
-        if match := re.fullmatch(r"layers\.(\d+)\.(.*)", name):
-            layer = next(layer for layer in _TEXT_LAYER_NAMES if match[2].startswith(layer))
-            inner = _TEXT_LAYER_NAMES[layer] + match[2].removeprefix(layer)
-            key = theirs[name] = f"transformer.resblocks.{match[1]}.{inner}"
+        if match := re.fullmatch(r"layers\.(\d+)\.(.*)\.(weight|bias)", name):
+            key = f"transformer.resblocks.{match[1]}.{_TEXT_LAYER_NAMES[match[2]]}.{match[3]}"
         else:
-            key = theirs[name] = _TEXT_NAMES[name]
-        tensor = state_dict.get(key)
-        if "c_qkv" in key and tensor is not None and tensor.shape == parameter.shape:
-            # q, k, v for each head in turn -> q, k, v with all heads in each
-            tensor = tensor.unflatten(0, (num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-        tensors[name] = (tensor, parameter.shape)
+            key = _TEXT_NAMES[name]
+        theirs[name] = key
+        tensors[name] = _split(name, key, state_dict.get(key), parameter.shape, num_attention_heads)
     return _load(encoder, tensors, theirs, state_dict)
 
 
@@ -342,6 +351,31 @@ def _their_name(unet: UNet2DConditionModel, module: str) -> str:
     return f"{place}.{_NAMES['.'.join(inner)]}"
 
 
+def _check_numbers(state_dict: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in state_dict.items():
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"`{key}` is {tensor.layout} of {tensor.dtype}, but must be dense, and of "
+                f"{', '.join(map(str, _DTYPES))}."
+            )
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"`{key}` has values that are not finite: the file is damaged, or its training failed.")
+
+
+def _split(
+    name: str, key: str, tensor: torch.Tensor | None, shape: tuple[int, ...], heads: int
+) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+    """Of a fused projection the part that `name` is; with the shape that it, or the whole projection, must have."""
+    layer, place = (full.rpartition(".")[0].rpartition(".")[2] for full in (name, key))
+    fused = _FUSED.get(place, ())
+    if layer not in fused:
+        return tensor, shape
+    whole = (len(fused) * shape[0], *shape[1:])
+    if tensor is None or tensor.shape != whole:
+        return tensor, whole
+    return tensor.unflatten(0, (heads, len(fused), -1))[:, fused.index(layer)].flatten(0, 1), shape
+
+
 def _load(
     model: nn.Module,
     tensors: Mapping[str, tuple[torch.Tensor | None, tuple[int, ...]]],
@@ -359,8 +393,9 @@ def _load(
     if problems:
         listed = [f"`{key}` {problem}" for key, problem in sorted(problems.items())]
         raise ValueError(
-            f"the weights do not fit {type(model).__name__}: {', '.join(listed[:6])}"
-            f"{f' and {len(listed) - 6} more' if len(listed) > 6 else ''}. Give a whole checkpoint of OpenAI's GLIDE."
+            f"the weights do not fit {type(model).__name__}: {', '.join(listed[:3])}"
+            f"{f' and {len(listed) - 3} more' if len(listed) > 3 else ''}. Give all weights of this network, and none "
+            "of another."
         )
     model.load_state_dict({name: tensor for name, (tensor, _) in tensors.items()})
     return model.eval()
@@ -368,16 +403,20 @@ def _load(
 
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged files fail in any way
         raise ValueError(
             f"`{path}` cannot be read as a checkpoint of tensors: it is damaged, something else, or would run code "
             "when it is loaded. `--debug` shows what was wrong."
         ) from error
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in weights.items()
+    ):
         raise ValueError(f"`{path}` holds something else than weights by their names: give OpenAI's file as it is.")
     return weights
 
@@ -387,23 +426,32 @@ def _read_tokenizer(vocab: Path, merges: Path) -> GPT2Tokenizer:
     for path, name in ((vocab, "vocab.json"), (merges, "merges.txt")):
         try:
             data = path.read_bytes()
-            contents[name] = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+            text = (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode()
+            contents[name] = text.replace("\r\n", "\n")
+        except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ValueError(f"`{path}` cannot be read as text: {error}") from error
     try:
         tokens = json.loads(contents["vocab.json"])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"`{vocab}` cannot be read as JSON: {error}") from error
-    if not isinstance(tokens, dict) or sorted(tokens.values()) != list(range(len(tokens))):
+    numbers = list(tokens.values()) if isinstance(tokens, dict) else [None]
+    if any(type(number) is not int for number in numbers) or sorted(numbers) != list(range(len(numbers))):
         raise ValueError(
             f"`{vocab}` is no vocabulary: it must give each token a number from 0 on, and each number once."
         )
-    pairs = [line.split(" ") for line in contents["merges.txt"].split("\n") if not line.startswith("#version")]
-    unknown = [pair for pair in pairs if pair != [""] and (len(pair) != 2 or "".join(pair) not in tokens)]
+    lines = [line for line in contents["merges.txt"].split("\n") if line and not line.startswith("#version")]
+    unknown = [line for line in lines if line.count(" ") != 1 or line.replace(" ", "") not in tokens]
     if unknown or "<|endoftext|>" not in tokens:
         raise ValueError(
-            f"`{merges}` has {len(unknown)} lines that are no pair of tokens of `{vocab}` ({unknown[:3]}), or the "
-            "vocabulary has no '<|endoftext|>': give both files of GPT-2's."
+            f"`{merges}` has {len(unknown)} lines that are no pair of tokens of `{vocab}` "
+            f"({', '.join(repr(line[:40]) for line in unknown[:3])}), or the vocabulary has no '<|endoftext|>': give "
+            "both files of GPT-2's."
+        )
+    # Every token is a byte, or what one merge makes, or the end of the text.
+    if not len(lines) == len(set(lines)) == len(tokens) - 256 - 1:
+        raise ValueError(
+            f"`{merges}` has {len(lines)} merges, {len(set(lines))} of them different, but the {len(tokens)} tokens "
+            f"of `{vocab}` need {len(tokens) - 257}, each once: give the whole file of GPT-2's."
         )
     with tempfile.TemporaryDirectory() as folder:
         for name, text in contents.items():
