@@ -947,7 +947,7 @@ def test_own_network_has_hidden_states_of_any_width(tmp_path):
         (lambda: {"text_encoder": make_text_encoder(vocab_size=400)}, "514 tokens, but `text_encoder` knows 400"),
         (lambda: {"embed_norm": "none"}, "`embed_norm` is 'none'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "parts",
 )
 def test_parts_that_do_not_fit(parts, message):
     with pytest.raises(ValueError, match=message):

@@ -10,12 +10,12 @@ accelerate launch --num_processes 8 training/train_unclip_prior.py --embeddings_
 accelerate launch --num_processes 8 training/train_unclip_prior.py ... --resume_from_checkpoint latest
 ```
 
-On the digits of `training/train_toy_clip.py`, in about a minute on one CPU core:
+On the digits of `training/train_toy_clip.py`, in about three minutes on one CPU core:
 
 ```bash
 accelerate launch -m diffusers_ext.training.train_unclip_prior --embeddings_dir embeddings-digits \
-  --validation_embeddings_dir embeddings-digits-validation --zero_shot_template "a {}" --train_batch_size 128 \
-  --learning_rate 1e-3 --lr_scheduler cosine --max_train_steps 1200 --use_ema --ema_decay 0.995 \
+  --validation_embeddings_dir embeddings-digits-validation --zero_shot_template "a {}" --train_batch_size 64 \
+  --learning_rate 2e-3 --adam_beta2 0.99 --lr_scheduler cosine --max_train_steps 1800 --use_ema --ema_decay 0.995 \
   --output_dir prior-digits
 ```
 
