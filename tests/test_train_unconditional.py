@@ -424,7 +424,7 @@ def test_missing_labels(train, validation, message, tmp_path):
             {"class_conditional": True, "label_dropout": 0},
             "has 11 class embeddings .* but 10 are needed, for 10 classes",
         ),
-        ({}, "has 11 class embeddings .* but none: change `class_conditional`"),
+        ({}, "has 11 class embeddings .* but none are needed: change `class_conditional`"),
         (
             {"dataset_name": "photos", "resolution": 8, "image_mode": "L", "class_conditional": True},
             "has 11 class embeddings .* but 3 are needed, for 2 classes and the null class of `label_dropout`",
