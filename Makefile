@@ -18,13 +18,13 @@ STAMP := $(VENV)/.installed-with-python-$(VERSION)
 # CUDA); `FLOOR_TORCH=` takes a requirement or the path of a wheel instead.
 FLOOR_TORCH ?= torch==2.5.1
 FLOOR := diffusers==0.38.0 huggingface-hub==1.3.0 transformers==5.0.0 accelerate==1.6.0 'datasets<4' \
-	torchmetrics==1.5.0 safetensors==0.8.0 numpy==1.26.4 pyarrow==20.0.0
+	torchmetrics==1.5.0 peft==0.18.0 safetensors==0.8.0 numpy==1.26.4 pyarrow==20.0.0
 FLOOR_STAMP := $(FLOOR_VENV)/.installed
 FLOOR_TESTS ?= tests
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-fast test-floor test-gpu quality style pictures bench
+.PHONY: help install demo demo-unclip test test-fast test-floor test-gpu quality style pictures bench
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -34,6 +34,9 @@ install: $(STAMP) ## only make the environment
 
 demo: $(STAMP) ## train PDAE on real digits, publish it, load it again, measure it: demo/
 	@$(VENV)/bin/diffusers-ext demo $(ARGS)
+
+demo-unclip: $(STAMP) ## train CLIP, a prior and a decoder on captioned digits, paint texts: demo-unclip/
+	@$(VENV)/bin/diffusers-ext demo-unclip $(ARGS)
 
 test: $(STAMP) ## all tests
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
@@ -53,8 +56,8 @@ quality: $(STAMP) ## check style and formatting
 style: $(STAMP) ## repair what `quality` complains about, as far as that can be done by itself
 	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
-pictures: demo ## make the README's pictures anew, from the demo's
-	@mkdir -p docs/pictures && cp demo/*.png docs/pictures/ && ls docs/pictures
+pictures: demo demo-unclip ## make the README's pictures anew, from the demos'
+	@mkdir -p docs/pictures && cp demo/*.png demo-unclip/*.png docs/pictures/ && ls docs/pictures
 
 bench: $(STAMP) ## run every benchmark; each writes a CSV beside itself
 	@for benchmark in benchmarks/*.py; do echo "$$benchmark" && $(VENV)/bin/python "$$benchmark" $(ARGS) || exit; done

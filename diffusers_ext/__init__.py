@@ -52,6 +52,7 @@ _PUBLIC = {
     "ReplacementScheduler": "pipelines.replacement",
     "TrainingArguments": "training_run",
     "TrainingRun": "training_run",
+    "UnCLIPDecoderScheduler": "pipelines.unclip",
     "UnCLIPImageProjection": "pipelines.unclip",
     "UnCLIPPriorPipeline": "pipelines.unclip_prior",
     "UnCLIPPriorTransformer": "pipelines.unclip_prior",

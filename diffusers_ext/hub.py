@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib
 import importlib.resources
 import inspect
 import json
@@ -194,7 +195,8 @@ class HubMixin:
                 else:
                     module = diffusers_ext._PUBLIC.get(str(entry[1]), "")
                     if _CODE.fullmatch(str(entry[0])) and module.startswith("pipelines."):
-                        entry[:] = [f"{__package__}.{module}", entry[1]]
+                        # diffusers refuses a library that has not been imported
+                        entry[:] = [importlib.import_module(f"{__package__}.{module}").__name__, entry[1]]
         return config
 
     @classmethod

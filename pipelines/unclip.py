@@ -5,8 +5,9 @@ r"""unCLIP: images from text by way of CLIP's image embeddings; variations, inte
 decoder, which is a diffusion model of pixels, paints what `z_i` says. Together with the noise `x_T` that DDIM infers
 from an image, `(z_i, x_T)` is a code of that image that can be edited.
 
-This file is complete in itself: the decoder's conditioning, its scheduler, the pipeline. Notation: `abar_t` is the
-cumulative product of `alpha_t = 1 - beta_t`; `abar_{-1} = 1` is the clean image.
+The decoder may be one of this package, or that of Kandinsky 2.2, Karlo or Stable unCLIP. This file is complete in
+itself: the conditioning of the first, the scheduler of all of them, the pipeline. Notation: `abar_t` is the cumulative
+product of `alpha_t = 1 - beta_t`; `abar_{-1} = 1` is the clean image.
 """
 
 import inspect
@@ -14,19 +15,32 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, PriorTransformer, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ModelMixin,
+    PriorTransformer,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch import nn
 from transformers import (
+    BatchEncoding,
     CLIPImageProcessor,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
@@ -54,13 +68,15 @@ class UnCLIPImageProjection(ModelMixin, ConfigMixin):
     learned embedding stands for no image.
 
     Token `j`, channel `c` is entry `4 c + j` of the second projection (channel after channel), as in Karlo and in
-    diffusers' `UnCLIPTextProjModel`, whose parameters have the same names here.
+    diffusers' `UnCLIPTextProjModel`, whose parameters have the same names here. Karlo's decoder is told a text in the
+    same two ways, by its embedding and its hidden states.
 
     Args:
         clip_extra_context_tokens (`int`, *optional*, defaults to 4): Number of tokens.
         clip_embeddings_dim (`int`, *optional*, defaults to 768): Size of an image embedding.
         time_embed_dim (`int`, *optional*, defaults to 1280): Width of the U-Net's time embedding.
         cross_attention_dim (`int`, *optional*, defaults to 1024): Width of a token, the U-Net's of the same name.
+        with_text (`bool`, *optional*, defaults to `False`): Whether a text is projected too.
 
     Attributes:
         clip_mean, clip_std (`torch.Tensor`):
@@ -88,6 +104,7 @@ class UnCLIPImageProjection(ModelMixin, ConfigMixin):
         clip_embeddings_dim: int = 768,
         time_embed_dim: int = 1280,
         cross_attention_dim: int = 1024,
+        with_text: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("clip_mean", torch.zeros(clip_embeddings_dim))
@@ -97,30 +114,47 @@ class UnCLIPImageProjection(ModelMixin, ConfigMixin):
         self.clip_extra_context_tokens_proj = nn.Linear(
             clip_embeddings_dim, clip_extra_context_tokens * cross_attention_dim
         )
+        if with_text:
+            self.embedding_proj = nn.Linear(clip_embeddings_dim, time_embed_dim)
+            self.encoder_hidden_states_proj = nn.Linear(clip_embeddings_dim, cross_attention_dim)
+            self.text_encoder_hidden_states_norm = nn.LayerNorm(cross_attention_dim)
 
     def forward(
-        self, image_embeds: torch.Tensor, drop_mask: torch.Tensor | None = None
+        self,
+        image_embeds: torch.Tensor,
+        drop_mask: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
-        Projects image embeddings.
+        Projects image embeddings, and with `with_text` texts.
 
         Args:
             image_embeds (`torch.Tensor`): CLIP's image embeddings, shape `(batch, clip_embeddings_dim)`.
             drop_mask (`torch.Tensor`, *optional*):
                 `True` where the learned embedding takes the image's place, bool of shape `(batch,)`.
+            text_embeds (`torch.Tensor`, *optional*): CLIP's text embeddings, shape `(batch, clip_embeddings_dim)`.
+            hidden_states (`torch.Tensor`, *optional*):
+                The last hidden states of CLIP's text encoder, shape `(batch, length, clip_embeddings_dim)`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The U-Net's `encoder_hidden_states`, shape `(batch,
-            clip_extra_context_tokens, cross_attention_dim)`, and its `class_labels`, `(batch, time_embed_dim)`.
+            clip_extra_context_tokens + length, cross_attention_dim)`, the image's first, and its `class_labels`,
+            `(batch, time_embed_dim)`.
 
         Raises:
-            ValueError: If shapes do not fit.
+            ValueError: If shapes do not fit, and for a text that is missing or not meant.
         """
         expected = self.config.clip_embeddings_dim
         if image_embeds.ndim != 2 or image_embeds.shape[1] != expected:
             raise ValueError(
                 f"`image_embeds` has shape {tuple(image_embeds.shape)}, but must be (batch, {expected}): give "
                 "embeddings of the CLIP that this projection was trained with."
+            )
+        if any((text is not None) != self.config.with_text for text in (text_embeds, hidden_states)):
+            raise ValueError(
+                f"`with_text` is {self.config.with_text}, so `text_embeds` and `hidden_states` must "
+                f"{'both' if self.config.with_text else 'not'} be given."
             )
         embeds = (image_embeds - self.clip_mean) / self.clip_std
         if drop_mask is not None:
@@ -133,7 +167,12 @@ class UnCLIPImageProjection(ModelMixin, ConfigMixin):
             embeds = torch.where(drop_mask[:, None], null.to(embeds.dtype), embeds)
         tokens = self.clip_extra_context_tokens_proj(embeds)
         tokens = tokens.unflatten(1, (-1, self.config.clip_extra_context_tokens)).transpose(1, 2)
-        return tokens, self.clip_image_embeddings_project_to_time_embeddings(embeds)
+        time_embeds = self.clip_image_embeddings_project_to_time_embeddings(embeds)
+        if self.config.with_text:
+            time_embeds = time_embeds + self.embedding_proj(text_embeds)
+            text_tokens = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(hidden_states))
+            tokens = torch.cat([tokens, text_tokens], dim=1)
+        return tokens, time_embeds
 
 
 # --------------------------------------------------------------------------------------------------------- scheduler
@@ -487,7 +526,8 @@ def slerp(a: torch.Tensor, b: torch.Tensor, theta: float | Sequence[float] | tor
         `torch.Tensor`: Shape `(batch, ...)`, or `(places, batch, ...)` for several.
 
     Raises:
-        ValueError: If the shapes differ, or a row is zero, or two are opposite, where no path is the shortest.
+        ValueError: If the shapes differ, a row is zero or not finite, or two are opposite, where no path is the
+            shortest.
 
     Example:
 
@@ -504,8 +544,8 @@ def slerp(a: torch.Tensor, b: torch.Tensor, theta: float | Sequence[float] | tor
         raise ValueError(f"`a` has shape {tuple(a.shape)} and `b` {tuple(b.shape)}: they must agree, as (batch, ...).")
     rows = [x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b)]
     norms = [x.norm(dim=1, keepdim=True) for x in rows]
-    if not all((norm > 0).all() for norm in norms):
-        raise ValueError("`a` or `b` has a row of zeros, which has no direction: leave it out.")
+    if not all((norm > 0).all() and norm.isfinite().all() for norm in norms):
+        raise ValueError("`a` or `b` has a row of zeros, or one that is not finite, without direction: leave it out.")
     units = [x / norm for x, norm in zip(rows, norms, strict=True)]
     # As exact for small angles as for right ones, which the arc cosine is not.
     w = 2 * torch.atan2((units[0] - units[1]).norm(dim=1), (units[0] + units[1]).norm(dim=1))
@@ -524,7 +564,8 @@ def slerp(a: torch.Tensor, b: torch.Tensor, theta: float | Sequence[float] | tor
 
 # For each scheduler: what else must hold of its config, and the fewest steps. With an exact network on a Gaussian, the
 # relative error of the covariance at 25 steps is 0.17 (ancestral), 0.10 (DDIM), 0.007 (DPM-Solver++), 0.04 (its SDE),
-# 0.009 (UniPC); Euler has 0.10, and Heun's is above 1: the cosine schedule's first sigma is 20000.
+# 0.009 (UniPC); Euler has 0.10, and Heun's is above 1: the cosine schedule's first sigma is 20000. Of settings, "bh1"
+# and no `lower_order_final` of UniPC are not finite, "sigma_min" has 0.24 (SDE), "log_linear" 0.67 (Euler, 50 steps).
 _SCHEDULERS = {
     "DDPMScheduler": (
         {
@@ -539,12 +580,27 @@ _SCHEDULERS = {
             "timestep_spacing": ("linspace", "trailing"),
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
             "variance_type": (None,),
+            "final_sigmas_type": ("zero",),
+            "lambda_min_clipped": (-math.inf,),
         },
         1,
     ),
-    "UniPCMultistepScheduler": ({"timestep_spacing": ("linspace", "trailing"), "predict_x0": (True,)}, 1),
+    "UniPCMultistepScheduler": (
+        {
+            "timestep_spacing": ("linspace", "trailing"),
+            "predict_x0": (True,),
+            "solver_type": ("bh2",),
+            "lower_order_final": (True,),
+        },
+        1,
+    ),
     "EulerDiscreteScheduler": (
-        {"timestep_spacing": ("linspace", "trailing"), "timestep_type": ("discrete",), "sigma_max": (None,)},
+        {
+            "timestep_spacing": ("linspace", "trailing"),
+            "timestep_type": ("discrete",),
+            "interpolation_type": ("linear",),
+            "sigma_max": (None,),
+        },
         50,
     ),
     "UnCLIPScheduler": ({"variance_type": ("fixed_small_log",)}, 2),
@@ -566,12 +622,12 @@ def check_prior_scheduler(scheduler: SchedulerMixin, num_inference_steps: int | 
 
     Args:
         scheduler (`SchedulerMixin`): What to check.
-        num_inference_steps (`int`, *optional*): If given, whether that many steps are enough is checked too.
+        num_inference_steps (`int`, *optional*): If given, whether it can take that many steps is checked too.
 
     Raises:
         ValueError: For other schedulers than DDPM, DDIM, DPM-Solver++ multistep, UniPC, Euler and UnCLIP; another
-            schedule than the cosine one, another prediction than `x_0`, timesteps that do not start at the last level,
-            and too few steps.
+            schedule than the cosine one, another prediction than `x_0`, settings that give wrong embeddings on it, too
+            few steps, and a number of steps that diffusers rounds to timesteps which miss the ends or repeat.
 
     Example:
 
@@ -620,6 +676,108 @@ def check_prior_scheduler(scheduler: SchedulerMixin, num_inference_steps: int | 
                 f"`num_inference_steps` is {num_inference_steps}, but must be an `int` from {least} to {most} with "
                 f"`{name}`: give more, or take `default_prior_scheduler()`."
             )
+        # What diffusers rounds can give a step more, the timestep -1, or the same one twice, and a step of DDIM goes
+        # `most // num_inference_steps` down, wherever the next one starts.
+        trial = type(scheduler).from_config(config)
+        trial.set_timesteps(num_inference_steps)
+        places = trial.timesteps.tolist()
+        is_falling = all(a > b for a, b in itertools.pairwise([*places, -1]))
+        is_short = name == "DDIMScheduler" and most % num_inference_steps > most / 20
+        if len(places) != num_inference_steps or places[0] != most - 1 or not is_falling or is_short:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, for which {name} does not take as many different "
+                f"steps from the timestep {most - 1} to the end: give a smaller number that divides {most}."
+            )
+
+
+# Copied from pipelines.unclip_prior.check_tokenizer
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModelWithProjection, prefix: str = ""
+) -> None:
+    r"""
+    Refuses a tokenizer with which CLIP would read something else than the text, without a sign of it.
+
+    Args:
+        tokenizer (`CLIPTokenizer`): What to check.
+        text_encoder (`CLIPTextModelWithProjection`): The encoder that gets its tokens.
+        prefix (`str`, *optional*, defaults to `""`): What the names of the two start with, in messages.
+
+    Raises:
+        ValueError: If it has no tokens but special ones, or tokens that the encoder does not know; if it cuts beyond
+            the encoder's context, or on the left, or pads there; if the id that ends texts is not the one at which the
+            encoder reads off the embedding.
+    """
+    ids, text = tokenizer.get_vocab().values(), text_encoder.config
+    if len(ids) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"`{prefix}tokenizer` has {len(ids)} tokens, and none but special ones, so that all texts would be the "
+            "same: load its vocabulary, as `from_pretrained` does."
+        )
+    if max(ids) >= text.vocab_size:
+        raise ValueError(
+            f"`{prefix}tokenizer` has ids up to {max(ids)}, but `{prefix}text_encoder` knows {text.vocab_size} "
+            "tokens: take the one that it was trained with."
+        )
+    if (tokenizer.model_max_length or math.inf) > text.max_position_embeddings:
+        raise ValueError(
+            f"`{prefix}tokenizer` cuts at {tokenizer.model_max_length} tokens, but `{prefix}text_encoder` has "
+            f"{text.max_position_embeddings} positions: set `{prefix}tokenizer.model_max_length`."
+        )
+    # An id of 2 is what old configs say: CLIP then pools at the highest id.
+    end = max(ids) if text.eos_token_id == 2 else text.eos_token_id
+    empty = tokenizer("").input_ids
+    if end != tokenizer.eos_token_id or end not in empty or empty.index(end) != len(empty) - 1:
+        raise ValueError(
+            f"`{prefix}tokenizer` ends texts with the id {tokenizer.eos_token_id} (the empty one is {empty}), but "
+            f"`{prefix}text_encoder` looks for the first {end} and would pool another token, the same for all texts: "
+            "set `eos_token_id` of its config and load it anew, or take the tokenizer that it was trained with."
+        )
+    sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
+    if set(sides.values()) != {"right"} or tokenizer.pad_token is None:
+        raise ValueError(
+            f"`{prefix}tokenizer` has {sides} and `pad_token` {tokenizer.pad_token!r}, but CLIP reads texts that are "
+            "padded and cut on the right: set them on it."
+        )
+
+
+# Copied from pipelines.unclip_prior.tokenize
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> BatchEncoding:
+    r"""
+    Texts as CLIP reads them: what looks like a special token is text, and what is beyond the context is left out, with
+    a warning that says what that is.
+
+    Args:
+        tokenizer (`CLIPTokenizer`): CLIP's tokenizer.
+        texts (`list[str]`): The texts.
+        length (`int`): Tokens that are read, with those for start and end.
+
+    Returns:
+        `BatchEncoding`: `input_ids` and `attention_mask`, of shape `(texts, length)`.
+
+    Raises:
+        ValueError: If the tokenizer takes a part of a text for its end, as some do with what they do not know.
+    """
+    end = tokenizer.eos_token_id
+    for text, ids in zip(texts, tokenizer(texts, split_special_tokens=True, verbose=False).input_ids, strict=True):
+        if end in ids[:-1]:
+            known = tokenizer.decode(ids[: ids.index(end)], skip_special_tokens=True).strip()
+            raise ValueError(
+                f"`prompt` has {text!r}, of which `tokenizer` does not know what comes after {known!r}, and reads it "
+                "as the end of the text: write it with characters of its vocabulary."
+            )
+        if len(ids) > length:
+            logger.warning(
+                f"a prompt has {len(ids)} tokens, and CLIP reads {length} of them. This was left out: "
+                f"{tokenizer.decode(ids[length - 1 : -1]).strip()!r}, at the end of {text!r}."
+            )
+    return tokenizer(
+        texts,
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        split_special_tokens=True,
+        return_tensors="pt",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- pipeline
@@ -633,7 +791,7 @@ class UnCLIPTextToImagePipelineOutput(BaseOutput):
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             The images: PIL, or values in [0, 1] of shape `(batch, height, width, channels)` as an array and
-            `(batch, channels, height, width)` as a tensor; with `output_type="latent"` a tensor in [-1, 1].
+            `(batch, channels, height, width)` as a tensor; with `output_type="latent"` what the decoder itself made.
         image_embeds (`torch.Tensor`): What was decoded, `z_i`, in CLIP's own scale, shape `(batch, dim)`.
         noise (`torch.Tensor`): What decoding started from, `x_T`, shape `(batch, channels, height, width)`.
     """
@@ -643,19 +801,28 @@ class UnCLIPTextToImagePipelineOutput(BaseOutput):
     noise: torch.Tensor
 
 
+# Which of the components that only some decoders have each of them needs.
+_PARTS = {
+    "own": {"decoder_projection"},
+    "kandinsky22": {"vae"},
+    "karlo": {
+        *("decoder_projection", "decoder_text_encoder", "decoder_tokenizer"),
+        *("super_res_first", "super_res_last", "super_res_scheduler"),
+    },
+    "stable_unclip": {"vae", "decoder_text_encoder", "decoder_tokenizer"},
+}
+_SUPER_RES_STEPS = 7  # what Karlo's networks were made for: the last step has its own
+
+
 class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
     r"""
     Text to image, image variations, interpolations and text differences with unCLIP
     (https://huggingface.co/papers/2204.06125).
 
-    Without a prior it decodes image embeddings and edits images. A prior is put in by `from_pipe`:
-
-    ```py
-    pipe = UnCLIPTextToImagePipeline.from_pipe(
-        decoder_pipe, prior=prior_pipe.prior, text_encoder=prior_pipe.text_encoder, tokenizer=prior_pipe.tokenizer,
-        prior_scheduler=prior_pipe.scheduler,
-    )
-    ```
+    Without a prior it decodes image embeddings and edits images. [`~UnCLIPTextToImagePipeline.from_decoder`] puts a
+    decoder, also that of Kandinsky 2.2, Karlo or Stable unCLIP, and a prior together. Those decoders are sampled by
+    `decoder_scheduler` too, so that all that is here works with them; variances that they have learned are not used.
+    Stable unCLIP gets embeddings without noise, at its noise level 0.
 
     Args:
         prior ([`PriorTransformer`], *optional*): Draws image embeddings for a text; it predicts `z_i` itself.
@@ -663,27 +830,42 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         tokenizer (`CLIPTokenizer`, *optional*): CLIP's tokenizer.
         prior_scheduler ([`SchedulerMixin`], *optional*): The noise levels of `prior`, and how they are run through.
         decoder ([`UNet2DConditionModel`]):
-            The diffusion model of images, with `class_embed_type="identity"` and without learned variance.
-        decoder_projection ([`UnCLIPImageProjection`]): How `decoder` is told `z_i`.
+            The diffusion model of images; one of this package has `class_embed_type="identity"` and no learned
+            variance.
+        decoder_projection ([`UnCLIPImageProjection`], *optional*):
+            How `decoder` is told `z_i`; Karlo's `UnCLIPTextProjModel` is converted. Kandinsky 2.2 and Stable unCLIP
+            have none.
         decoder_scheduler ([`UnCLIPDecoderScheduler`]):
             The noise levels of `decoder`; a scheduler of diffusers with betas is converted.
-        image_encoder (`CLIPVisionModelWithProjection`, *optional*): CLIP's image encoder, for all that takes images.
+        image_encoder (`CLIPVisionModelWithProjection`, *optional*):
+            CLIP's image encoder, for all that takes images, and for guidance of Kandinsky 2.2.
         image_processor (`CLIPImageProcessor`, *optional*):
             Prepares images for it; without, they are resized (bicubic) and standardized by CLIP's mean and deviation.
+        vae ([`VQModel`] or [`AutoencoderKL`], *optional*): Of Kandinsky 2.2 (`movq`) and Stable unCLIP.
+        decoder_text_encoder (`CLIPTextModelWithProjection` or `CLIPTextModel`, *optional*):
+            Of Karlo and Stable unCLIP, whose decoders read the text too.
+        decoder_tokenizer (`CLIPTokenizer`, *optional*): Its tokenizer.
+        super_res_first ([`UNet2DModel`], *optional*): Karlo's network that enlarges.
+        super_res_last ([`UNet2DModel`], *optional*): Karlo's network for the last step of that.
+        super_res_scheduler ([`UnCLIPScheduler`], *optional*): The scheduler of both.
         embed_norm (`str`, *optional*, defaults to `"standardize"`):
             Which embeddings `prior` draws and `decoder` was trained on: CLIP's own (`"standardize"`), or those divided
             by their lengths (`"l2"`).
         clip_model_id (`str`, *optional*): Which CLIP it is.
 
     Raises:
-        ValueError: If parts do not fit each other, or some of the prior's are missing.
+        ValueError: If parts do not fit each other, or some of the prior's or the decoder's are missing.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->prior->decoder_projection->decoder"
+    model_cpu_offload_seq = (
+        "text_encoder->image_encoder->prior->decoder_text_encoder->decoder_projection->decoder->vae"
+        "->super_res_first->super_res_last"
+    )
     _exclude_from_cpu_offload = ["prior"]  # its statistics are used outside of its forward pass
     _optional_components = [
-        *("prior", "text_encoder", "tokenizer", "prior_scheduler"),
-        *("image_encoder", "image_processor"),
+        *("prior", "text_encoder", "tokenizer", "prior_scheduler", "image_encoder", "image_processor"),
+        *("decoder_projection", "vae", "decoder_text_encoder", "decoder_tokenizer"),
+        *("super_res_first", "super_res_last", "super_res_scheduler"),
     ]
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
@@ -694,10 +876,16 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         tokenizer: CLIPTokenizer | PreTrainedTokenizerBase | None,
         prior_scheduler: SchedulerMixin | None,
         decoder: UNet2DConditionModel | ModelMixin,
-        decoder_projection: UnCLIPImageProjection | ModelMixin,
+        decoder_projection: UnCLIPImageProjection | ModelMixin | None,
         decoder_scheduler: UnCLIPDecoderScheduler | SchedulerMixin,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         image_processor: CLIPImageProcessor | None = None,
+        vae: VQModel | AutoencoderKL | None = None,
+        decoder_text_encoder: CLIPTextModelWithProjection | CLIPTextModel | None = None,
+        decoder_tokenizer: CLIPTokenizer | PreTrainedTokenizerBase | None = None,
+        super_res_first: UNet2DModel | None = None,
+        super_res_last: UNet2DModel | None = None,
+        super_res_scheduler: SchedulerMixin | None = None,
         embed_norm: str = "standardize",
         clip_model_id: str | None = None,
     ) -> None:
@@ -716,29 +904,81 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             )
         if embed_norm not in ("standardize", "l2"):
             raise ValueError(f"`embed_norm` is {embed_norm!r}, but must be 'standardize' or 'l2'.")
+        if decoder_projection is not None and not hasattr(decoder_projection, "clip_mean"):  # Karlo's, in diffusers
+            stock = decoder_projection
+            config = {name: value for name, value in stock.config.items() if not name.startswith("_")}
+            decoder_projection = UnCLIPImageProjection(**config, with_text=True).to(stock.device, stock.dtype).eval()
+            decoder_projection.load_state_dict(stock.state_dict(), strict=False)  # all but the statistics, 0 and 1
+        self.register_modules(
+            prior=prior,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            prior_scheduler=prior_scheduler,
+            decoder=decoder,
+            decoder_projection=decoder_projection,
+            decoder_scheduler=decoder_scheduler,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
+            vae=vae,
+            decoder_text_encoder=decoder_text_encoder,
+            decoder_tokenizer=decoder_tokenizer,
+            super_res_first=super_res_first,
+            super_res_last=super_res_last,
+            super_res_scheduler=super_res_scheduler,
+        )
+        self.register_to_config(embed_norm=embed_norm, clip_model_id=clip_model_id)
         # 1. The decoder's side
-        config, projection = decoder.config, decoder_projection.config
-        if (config.in_channels, config.out_channels) != (3, 3) or not isinstance(config.sample_size, int):
+        config, kind = decoder.config, self._kind
+        given = {name for names in _PARTS.values() for name in names if getattr(self, name) is not None}
+        if given != _PARTS[kind]:
+            raise ValueError(
+                f"`decoder` is conditioned as that of {kind!r} is, which goes with {sorted(_PARTS[kind])}, but what "
+                f"was given is {sorted(given)}: give these parts of that decoder, and no other."
+            )
+        channels = 3 if vae is None else vae.config.latent_channels
+        variances = (1,) if kind == "own" else (1, 2)
+        outputs = [channels * factor for factor in variances]
+        if config.in_channels != channels or config.out_channels not in outputs or type(config.sample_size) is not int:
             raise ValueError(
                 f"`decoder` has {config.in_channels} input and {config.out_channels} output channels and "
-                f"`sample_size`={config.sample_size!r}, but needs 3 of both, which is RGB without a learned variance, "
-                "and a whole number."
+                f"`sample_size`={config.sample_size!r}, but needs {channels} and {' or '.join(map(str, outputs))}, "
+                f"which is {'RGB' if vae is None else 'what `vae` has'} "
+                f"with{'out' if kind == 'own' else ' or without'} a learned variance, and a whole number."
             )
-        widths = (projection.cross_attention_dim, projection.time_embed_dim)
-        wanted = (config.cross_attention_dim, config.time_embedding_dim or 4 * config.block_out_channels[0])
-        if widths != wanted or config.class_embed_type != "identity":
+        if decoder_projection is not None:
+            projection = decoder_projection.config
+            widths = (projection.cross_attention_dim, projection.time_embed_dim)
+            wanted = (config.cross_attention_dim, config.time_embedding_dim or 4 * config.block_out_channels[0])
+            if widths != wanted or config.class_embed_type != "identity":
+                raise ValueError(
+                    f"`decoder_projection` gives widths {widths}, but `decoder` takes {wanted} with "
+                    f"`class_embed_type`={config.class_embed_type!r}: they must agree, and the type be 'identity'."
+                )
+        if decoder_text_encoder is not None:
+            width = decoder_text_encoder.config.hidden_size
+            wanted = self._embedding_dim if kind == "karlo" else config.cross_attention_dim
+            if width != wanted:
+                raise ValueError(
+                    f"`decoder_text_encoder` gives hidden states of width {width}, but the decoder takes {wanted}: "
+                    "take the one that it was trained with."
+                )
+        if kind != "own" and embed_norm == "l2":
             raise ValueError(
-                f"`decoder_projection` gives widths {widths}, but `decoder` takes {wanted} with `class_embed_type`="
-                f"{config.class_embed_type!r}: they must agree, and the type be 'identity'."
+                f"`embed_norm` is 'l2', but the decoder of {kind!r} takes embeddings as CLIP gives them: take a prior "
+                "that was trained with 'standardize'."
             )
         if all(base.__name__ != "UnCLIPDecoderScheduler" for base in type(decoder_scheduler).__mro__):
-            stock = decoder_scheduler
-            # Values that are defaults there need not be so here: all of them count.
-            levels = {name: value for name, value in stock.config.items() if name != "_use_default_values"}
-            decoder_scheduler = UnCLIPDecoderScheduler.from_config(levels)
-            check_schedule(stock, decoder_scheduler)
+            # Values that are defaults there need not be so here: all of them count. Schedulers that know no clip have
+            # none, which only pixels need.
+            levels = {"clip_sample": vae is None} | dict(decoder_scheduler.config)
+            levels.pop("_use_default_values", None)
+            if vae is not None and levels.pop("thresholding", False):
+                logger.warning("`decoder_scheduler` has `thresholding=True`, which steps of DDIM here do without.")
+            converted = UnCLIPDecoderScheduler.from_config(levels)
+            check_schedule(decoder_scheduler, converted)
+            self.register_modules(decoder_scheduler=converted)
         # 2. CLIP and the prior
-        widths = {"decoder_projection": projection.clip_embeddings_dim}
+        widths = {"decoder": self._embedding_dim}
         if prior is not None:
             check_prior_scheduler(prior_scheduler)
             widths["prior"] = prior.config.embedding_dim
@@ -752,16 +992,15 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                     f"{tokenizer.model_max_length} tokens, but `prior` takes {expected} and "
                     f"{prior.config.num_embeddings}: take the parts that were trained together."
                 )
-        if text_encoder is not None:
-            widths["text_encoder"] = text_encoder.config.projection_dim
-            # An id of 2 is what old configs say: CLIP then pools at the highest id.
-            end = text_encoder.config.eos_token_id
-            if tokenizer.eos_token_id != (len(tokenizer) - 1 if end == 2 else end):
-                raise ValueError(
-                    f"`tokenizer` ends texts with the id {tokenizer.eos_token_id}, but `text_encoder` looks for {end} "
-                    "and would pool another token, the same for all texts: set `eos_token_id` of its config and load "
-                    "it anew, or take the tokenizer that it was trained with."
-                )
+        pairs = [("text_encoder", "tokenizer")]
+        if kind == "karlo":
+            pairs.append(("decoder_text_encoder", "decoder_tokenizer"))
+        for name, tokenizer_name in pairs:
+            encoder, known = getattr(self, name), getattr(self, tokenizer_name)
+            if encoder is None:
+                continue
+            widths[name] = encoder.config.projection_dim
+            check_tokenizer(known, encoder, name.removesuffix("text_encoder"))
         if image_encoder is not None:
             widths["image_encoder"] = image_encoder.config.projection_dim
         if len(set(widths.values())) > 1:
@@ -769,19 +1008,103 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                 f"the embeddings of the parts have sizes {widths}, but must have one: take parts that were trained "
                 "with the same CLIP."
             )
-        self.register_modules(
-            prior=prior,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            prior_scheduler=prior_scheduler,
-            decoder=decoder,
-            decoder_projection=decoder_projection,
-            decoder_scheduler=decoder_scheduler,
-            image_encoder=image_encoder,
-            image_processor=image_processor,
-        )
-        self.register_to_config(embed_norm=embed_norm, clip_model_id=clip_model_id)
         self._postprocessor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    @classmethod
+    def from_decoder(
+        cls, decoder: DiffusionPipeline, prior: DiffusionPipeline | None = None, **kwargs: Any
+    ) -> "UnCLIPTextToImagePipeline":
+        r"""
+        Puts the decoder of one pipeline and the prior of another one together. The models are shared, not copied.
+
+        Args:
+            decoder ([`DiffusionPipeline`]):
+                [`KandinskyV22Pipeline`], Karlo's [`UnCLIPImageVariationPipeline`] or [`UnCLIPPipeline`], Stable
+                unCLIP's [`StableUnCLIPImg2ImgPipeline`] or [`StableUnCLIPPipeline`], or an
+                [`UnCLIPTextToImagePipeline`]. If it has a prior, this is used where no other is given.
+            prior ([`DiffusionPipeline`], *optional*): [`UnCLIPPriorPipeline`] or [`KandinskyV22PriorPipeline`].
+            kwargs (*optional*): Arguments of this class that replace what the two have, such as `image_encoder`.
+
+        Returns:
+            [`UnCLIPTextToImagePipeline`]: A pipeline that can be saved and published as one.
+
+        Raises:
+            TypeError: If `decoder` is no pipeline of those.
+            ValueError: If parts do not fit each other, or are missing.
+
+        Example:
+
+        ```py
+        >>> from diffusers import KandinskyV22Pipeline
+        >>> from diffusers_ext import UnCLIPPriorPipeline, UnCLIPTextToImagePipeline
+
+        >>> decoder = KandinskyV22Pipeline.from_pretrained("my-kandinsky")
+        >>> prior = UnCLIPPriorPipeline.from_pretrained("my-prior")
+        >>> pipe = UnCLIPTextToImagePipeline.from_decoder(decoder, prior)
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> image = pipe("a red three", num_inference_steps=2, prior_num_inference_steps=2).images[0]
+        >>> pipe.save_pretrained("whole-kandinsky")
+
+        ```
+        """
+        theirs = decoder.components
+        if "decoder_projection" in theirs:  # one of this class
+            parts = theirs | {name: decoder.config[name] for name in ("embed_norm", "clip_model_id")}
+        else:
+            parts = dict.fromkeys(("prior", "prior_scheduler", "text_encoder", "tokenizer", "decoder_projection"))
+            if "text_proj" in theirs and "prior" in theirs:  # Karlo's prior and decoder read with one text encoder
+                parts |= {name: theirs[name] for name in ("text_encoder", "tokenizer")}
+            names = {
+                "unet": "decoder",
+                "text_proj": "decoder_projection",
+                "scheduler": "decoder_scheduler",
+                "movq": "vae",
+                "text_encoder": "decoder_text_encoder",
+                "tokenizer": "decoder_tokenizer",
+                "feature_extractor": "image_processor",
+                "prior_text_encoder": "text_encoder",
+                "prior_tokenizer": "tokenizer",
+            }
+            parts |= {names.get(name, name): part for name, part in theirs.items()}
+            if not {"decoder", "decoder_scheduler"} <= parts.keys():
+                raise TypeError(
+                    f"`decoder` is a {type(decoder).__name__}, but must be a pipeline with a decoder of unCLIP, such "
+                    "as a `KandinskyV22Pipeline`."
+                )
+            known = inspect.signature(cls).parameters
+            parts = {name: part for name, part in parts.items() if name in known}
+        if prior is not None:
+            names = ("prior", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+            found = {name: prior.components.get(name) for name in names}
+            parts |= {name: part for name, part in found.items() if part is not None}
+            parts["prior_scheduler"] = prior.scheduler
+            embed_norm = prior.config.get("embed_norm", "standardize")
+            if parts.setdefault("embed_norm", embed_norm) != embed_norm:
+                raise ValueError(
+                    f"`prior` draws embeddings of `embed_norm`={embed_norm!r}, but `decoder` was trained on those of "
+                    f"{parts['embed_norm']!r}: take parts that were trained on the same embeddings."
+                )
+            parts["clip_model_id"] = parts.get("clip_model_id") or prior.config.get("clip_model_id")
+        return cls(**(parts | kwargs))
+
+    @property
+    def _kind(self) -> str:
+        """Whose decoder it is: a key of `_PARTS`, by how its U-Net is conditioned."""
+        config = self.decoder.config
+        if config.encoder_hid_dim_type == "image_proj":
+            return "kandinsky22"
+        if config.class_embed_type == "projection":
+            return "stable_unclip"
+        return "karlo" if getattr(self.decoder_projection, "config", {}).get("with_text") else "own"
+
+    @property
+    def _embedding_dim(self) -> int:
+        """The size of the image embeddings that the decoder takes."""
+        if self._kind == "kandinsky22":
+            return self.decoder.config.encoder_hid_dim
+        if self._kind == "stable_unclip":  # beside them, as many numbers say the noise level
+            return self.decoder.config.projection_class_embeddings_input_dim // 2
+        return self.decoder_projection.config.clip_embeddings_dim
 
     # -- inputs
 
@@ -814,6 +1137,11 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                 raise ValueError(f"`{name}` is {count}, but the decoder has {limit} timesteps: choose fewer.")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but must be finite; 1 is no guidance.")
+        if guidance_scale != 1 and self._kind == "kandinsky22" and self.image_encoder is None:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but without `image_encoder` there is no embedding of no image "
+                "for Kandinsky 2.2: give 1, or load one, by `from_pipe(pipe, image_encoder=...)`."
+            )
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` is {eta}, but must lie in [0, 1]: 0 is deterministic, 1 is DDPM.")
 
@@ -822,15 +1150,20 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         latents: torch.Tensor | None,
         shape: tuple[int, ...],
         generator: torch.Generator | list[torch.Generator] | None,
-        name: str = "latents",
     ) -> torch.Tensor:
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._state_dtype)
         return latents.to(self._execution_device, self._state_dtype)
 
     def _check_latents(self, latents: torch.Tensor | None, shape: tuple[int, ...], name: str = "latents") -> None:
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`{name}` has shape {tuple(latents.shape)}, but this call needs {shape}.")
+        if latents is None:
+            return
+        if not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`{name}` is a {type(latents).__name__}, but must be a tensor.")
+        if tuple(latents.shape) != shape or not latents.isfinite().all():
+            raise ValueError(
+                f"`{name}` has shape {tuple(latents.shape)}, but this call needs {shape} and finite values."
+            )
 
     def _check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -926,23 +1259,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         """
         prompts = self._check_prompts(prompt)
         length = self.tokenizer.model_max_length if self.prior is None else self.prior.config.num_embeddings
-        # What looks like a special token in a prompt is text.
-        lists = self.tokenizer(prompts, split_special_tokens=True, verbose=False).input_ids
-        for text, ids in zip(prompts, lists, strict=True):
-            if len(ids) > length:
-                logger.warning(
-                    f"a prompt has {len(ids)} tokens, and CLIP reads {length} of them. This was left out: "
-                    f"{self.tokenizer.decode(ids[length - 1 : -1]).strip()!r}, at the end of {text!r}."
-                )
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            split_special_tokens=True,
-            return_tensors="pt",
-        )
-        device = self._execution_device
+        tokens, device = tokenize(self.tokenizer, prompts, length), self._execution_device
         output = self.text_encoder(tokens.input_ids.to(device))
         return output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool().to(device)
 
@@ -993,22 +1310,51 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             scores = scores / candidates.norm(dim=-1)
         return candidates[torch.arange(len(candidates), device=scores.device), scores.argmax(1)]
 
-    def _predict(
-        self, sample: torch.Tensor, timestep: int, image_embeds: torch.Tensor, guidance_scale: float
-    ) -> torch.Tensor:
-        dtype, is_guided = self.decoder.dtype, guidance_scale != 1
-        embeds = image_embeds.to(self.decoder_projection.dtype).repeat(1 + is_guided, 1)
-        drop_mask = torch.arange(len(embeds), device=embeds.device) >= len(sample)
-        tokens, time_embeds = self.decoder_projection(embeds, drop_mask)
-        timesteps = torch.full((len(embeds),), max(timestep, 0), dtype=torch.int64, device=sample.device)
-        model_output = self.decoder(
-            sample.to(dtype).repeat(1 + is_guided, 1, 1, 1),
-            timesteps,
-            encoder_hidden_states=tokens.to(dtype),
-            class_labels=time_embeds.to(dtype),
-        ).sample.to(sample.dtype)
-        if is_guided:
-            model_output, unconditional = model_output.chunk(2)
+    def _condition(self, image_embeds: torch.Tensor, is_guided: bool, prompts: Sequence[str] = ("",)) -> dict:
+        """What the decoder is called with beside sample and timestep; with guidance, the rows of no image first."""
+        device, count = self._execution_device, len(image_embeds)
+        dtype = (self.decoder if self.decoder_projection is None else self.decoder_projection).dtype
+        image_embeds = image_embeds.to(device, dtype).repeat(1 + is_guided, 1)
+        no_image = torch.arange(len(image_embeds), device=device) < count * is_guided
+        if self._kind == "kandinsky22":
+            if is_guided:  # no image is what CLIP makes of zeros
+                size = self.image_encoder.config.image_size
+                zeros = torch.zeros(1, 3, size, size, dtype=self.image_encoder.dtype, device=device)
+                null = self.image_encoder(zeros).image_embeds.to(dtype)
+                image_embeds = torch.where(no_image[:, None], null, image_embeds)
+            return {"encoder_hidden_states": None, "added_cond_kwargs": {"image_embeds": image_embeds}}
+
+        texts = {}
+        if self.decoder_text_encoder is not None:
+            lines = [""] * (count * is_guided) + [text for text in prompts for _ in range(count // len(prompts))]
+            different = list(dict.fromkeys(lines))
+            rows = [different.index(text) for text in lines]
+            tokenizer, text_encoder = self.decoder_tokenizer, self.decoder_text_encoder
+            tokens = tokenize(tokenizer, different, tokenizer.model_max_length)
+            output, mask = text_encoder(tokens.input_ids.to(device)), tokens.attention_mask.bool().to(device)
+            texts["hidden_states"] = output.last_hidden_state[rows].to(dtype)
+        if self._kind == "stable_unclip":
+            zeros = torch.zeros(len(image_embeds), device=device)
+            level = get_timestep_embedding(zeros, image_embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+            labels = torch.cat([image_embeds, level.to(dtype)], dim=1).masked_fill(no_image[:, None], 0)
+            return {"encoder_hidden_states": texts["hidden_states"], "class_labels": labels}
+        if texts:
+            texts["text_embeds"] = output.text_embeds[rows].to(dtype)
+        tokens, time_embeds = self.decoder_projection(image_embeds, no_image, **texts)
+        condition = {"encoder_hidden_states": tokens, "class_labels": time_embeds}
+        condition = {name: tensor.to(self.decoder.dtype) for name, tensor in condition.items()}
+        if texts:  # the tokens of the image come first, and all of them are to be seen
+            extra = mask.new_ones(len(rows), tokens.shape[1] - mask.shape[1])
+            condition["attention_mask"] = torch.cat([extra, mask[rows]], dim=1)
+        return condition
+
+    def _predict(self, sample: torch.Tensor, timestep: int, condition: dict, guidance_scale: float) -> torch.Tensor:
+        inputs = sample.to(self.decoder.dtype).repeat(2 if guidance_scale != 1 else 1, 1, 1, 1)
+        timesteps = torch.full((len(inputs),), max(timestep, 0), dtype=torch.int64, device=sample.device)
+        model_output = self.decoder(inputs, timesteps, **condition).sample
+        model_output = model_output[:, : sample.shape[1]].to(sample.dtype)  # the rest is a variance
+        if guidance_scale != 1:
+            unconditional, model_output = model_output.chunk(2)
             model_output = unconditional + guidance_scale * (model_output - unconditional)
         return model_output
 
@@ -1016,8 +1362,9 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         self, sample: torch.Tensor, image_embeds: torch.Tensor, num_inference_steps: int, progress_bar: object
     ) -> torch.Tensor:
         self.decoder_scheduler.set_timesteps(num_inference_steps, direction="encode")
+        condition = self._condition(image_embeds, is_guided=False)
         for timestep, next_timestep in self.decoder_scheduler.trajectory:
-            model_output = self._predict(sample, timestep, image_embeds, 1.0)
+            model_output = self._predict(sample, timestep, condition, 1.0)
             sample = self.decoder_scheduler.step(model_output, timestep, sample, next_timestep).prev_sample
             progress_bar.update()
         return sample
@@ -1031,12 +1378,14 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         progress_bar: object,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        prompts: Sequence[str] = ("",),
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
     ) -> torch.Tensor:
         self.decoder_scheduler.set_timesteps(num_inference_steps)
+        condition = self._condition(image_embeds, guidance_scale != 1, prompts)
         for step, (timestep, next_timestep) in enumerate(self.decoder_scheduler.trajectory):
-            model_output = self._predict(latents, timestep, image_embeds, guidance_scale)
+            model_output = self._predict(latents, timestep, condition, guidance_scale)
             latents, pred_original_sample = self.decoder_scheduler.step(
                 model_output, timestep, latents, next_timestep, eta, generator, return_dict=False
             )
@@ -1047,24 +1396,78 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             progress_bar.update()
         return latents
 
+    def _to_sample(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] as the decoder's `x_0`."""
+        size = self.decoder.config.sample_size
+        if self.vae is not None:
+            size *= 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if images.shape[-1] != size:
+            images = nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        sample = 2 * images.to(self._state_dtype) - 1
+        if self.vae is None:
+            return sample
+        encoded = self.vae.encode(sample.to(self.vae.dtype))
+        if self._kind == "kandinsky22":
+            return encoded.latents.to(sample)
+        return self.vae.config.scaling_factor * encoded.latent_dist.mode().to(sample)
+
+    def _enlarge(
+        self,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        progress_bar: object,
+    ) -> torch.Tensor:
+        """Karlo's second stage, by its own scheduler. The last step, at timestep 0, has a network of its own."""
+        size = self.super_res_first.config.sample_size
+        small = nn.functional.interpolate(sample.clamp(-1, 1), (size, size), mode="bicubic", antialias=True)
+        self.super_res_scheduler.set_timesteps(_SUPER_RES_STEPS, device=sample.device)
+        timesteps = self.super_res_scheduler.timesteps
+        sample = self._prepare_latents(None, small.shape, generator)
+        for i, timestep in enumerate(timesteps):
+            is_last = i + 1 == len(timesteps)
+            unet = self.super_res_last if is_last else self.super_res_first
+            model_output = unet(torch.cat([sample, small], dim=1).to(unet.dtype), timestep).sample.to(sample.dtype)
+            after = None if is_last else timesteps[i + 1]
+            step = self.super_res_scheduler.step(
+                model_output, timestep, sample, prev_timestep=after, generator=generator
+            )
+            sample = step.prev_sample
+            progress_bar.update()
+        return sample
+
     def _output(
         self,
         latents: torch.Tensor,
         image_embeds: torch.Tensor,
         noise: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        progress_bar: object,
         output_type: str,
         return_dict: bool,
     ) -> UnCLIPTextToImagePipelineOutput | tuple:
-        if not latents.isfinite().all():
+        images = latents
+        if output_type != "latent":
+            if self._kind == "kandinsky22":
+                images = self.vae.decode(latents.to(self.vae.dtype), force_not_quantize=True).sample.to(latents)
+            elif self.vae is not None:
+                images = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+                images = self.vae.decode(images).sample.to(latents)
+            elif self.super_res_first is not None:
+                images = self._enlarge(latents, generator, progress_bar)
+        if not images.isfinite().all():
             raise ValueError("the images are not finite: run the networks in float32, and see if their weights are.")
-        images = latents if output_type == "latent" else self._postprocessor.postprocess(latents, output_type)
+        if output_type != "latent":
+            images = self._postprocessor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, image_embeds, noise
         return UnCLIPTextToImagePipelineOutput(images=images, image_embeds=image_embeds, noise=noise)
 
+    def _num_steps_to_enlarge(self, output_type: str) -> int:
+        return 0 if self.super_res_first is None or output_type == "latent" else _SUPER_RES_STEPS
+
     @property
-    def _image_shape(self) -> tuple[int, int, int]:
+    def _latents_shape(self) -> tuple[int, int, int]:
         return (self.decoder.config.in_channels, *[self.decoder.config.sample_size] * 2)
 
     # -- what a user calls
@@ -1097,7 +1500,9 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
 
         Guidance (https://huggingface.co/papers/2207.12598) is `u + s (c - u)`, in the prior of the clean embedding
         with `u` for `negative_prompt`, in the decoder of the noise with `u` for no image. Draws: `z_T` of all
-        candidates, what the prior's scheduler draws, `x_T`, and with `eta` the noise of each step but the last.
+        candidates, what the prior's scheduler draws, `x_T`, with `eta` the noise of each step but the last, and what
+        Karlo draws to enlarge. Karlo and Stable unCLIP read the prompt in the decoder too, an empty one where
+        embeddings are given.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): What to see.
@@ -1124,7 +1529,8 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             generator (`torch.Generator` or a list of them, *optional*): One for all, or one per result, which then
                 depends on no other.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"` (the tensor in [-1, 1], not clipped).
+                `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"`: what the decoder made, which is pixels in
+                [-1, 1], not clipped and with Karlo not enlarged, or what `vae` makes an image of.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`UnCLIPTextToImagePipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
@@ -1177,7 +1583,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             raise ValueError(f"`rerank` is {rerank!r}, but must be 'cosine', 'dot' or `None`.")
         if (prompt is None) == (image_embeds is None):
             raise ValueError("`prompt` and `image_embeds` exclude each other: give one of them.")
-        dim = self.decoder_projection.config.clip_embeddings_dim
+        dim = self._embedding_dim
         if image_embeds is not None:
             if not isinstance(image_embeds, torch.Tensor):
                 raise TypeError(f"`image_embeds` is a {type(image_embeds).__name__}, but must be a tensor.")
@@ -1202,13 +1608,19 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                     f"`negative_prompt` has {len(negative_prompts)} entries for {len(prompts)} prompts: give one for "
                     "all, or one each."
                 )
+            std = self.prior.clip_std
+            if not (std > 0).all() or not std.isfinite().all() or not self.prior.clip_mean.isfinite().all():
+                raise ValueError(
+                    "`prior.clip_std` is not positive everywhere, or a statistic is not finite, as in a prior that "
+                    "was never trained: set `clip_mean` and `clip_std` to those of CLIP's embeddings before training."
+                )
             check_prior_scheduler(self.prior_scheduler, prior_num_inference_steps)
             batch_size = len(prompts) * num_images_per_prompt
             self._check_latents(prior_latents, (batch_size * num_candidates, dim), "prior_latents")
         self._check_generator(generator, batch_size)
-        self._check_latents(latents, (batch_size, *self._image_shape))
+        self._check_latents(latents, (batch_size, *self._latents_shape))
 
-        total = num_inference_steps
+        total = num_inference_steps + self._num_steps_to_enlarge(output_type)
         if prompt is not None:
             self.prior_scheduler.set_timesteps(prior_num_inference_steps, device=self._execution_device)
             total += len(self.prior_scheduler.timesteps)
@@ -1235,7 +1647,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                 image_embeds = image_embeds.repeat_interleave(num_images_per_prompt, dim=0)
 
             # 3. From the embedding to an image
-            noise = self._prepare_latents(latents, (batch_size, *self._image_shape), generator)
+            noise = self._prepare_latents(latents, (batch_size, *self._latents_shape), generator)
             latents = self._decode_loop(
                 noise,
                 image_embeds,
@@ -1244,17 +1656,11 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                 progress_bar,
                 eta,
                 generator,
+                ("",) if prompt is None else prompts,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
             )
-        return self._output(latents, image_embeds, noise, output_type, return_dict)
-
-    def _to_sample(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] as the decoder's `x_0`."""
-        size = self.decoder.config.sample_size
-        if images.shape[-1] != size:
-            images = nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return 2 * images.to(self._state_dtype) - 1
+            return self._output(latents, image_embeds, noise, generator, progress_bar, output_type, return_dict)
 
     @torch.no_grad()
     def invert(
@@ -1301,7 +1707,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         self._check_output("pt")
         self._check_numbers(1.0, num_inference_steps=num_inference_steps)
         images = self._prepare_images(image)
-        dim = self.decoder_projection.config.clip_embeddings_dim
+        dim = self._embedding_dim
         self._check_latents(image_embeds, (len(images), dim), "image_embeds")
         if image_embeds is None:
             image_embeds = self._embed_images(images)
@@ -1364,17 +1770,18 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
 
         embeds = self._embed_images(images)
         total = num_inference_steps + num_inversion_steps * (noise == "inverted")
+        total += self._num_steps_to_enlarge(output_type)
         with self.progress_bar(total=total) as progress_bar:
             if noise == "inverted":
                 start = self._invert_loop(self._to_sample(images), embeds, num_inversion_steps, progress_bar)
                 start = start.repeat_interleave(num_images_per_prompt, dim=0)
             else:
-                start = self._prepare_latents(None, (batch_size, *self._image_shape), generator)
+                start = self._prepare_latents(None, (batch_size, *self._latents_shape), generator)
             embeds = embeds.repeat_interleave(num_images_per_prompt, dim=0)
             latents = self._decode_loop(
                 start, embeds, num_inference_steps, guidance_scale, progress_bar, eta, generator
             )
-        return self._output(latents, embeds, start, output_type, return_dict)
+            return self._output(latents, embeds, start, generator, progress_bar, output_type, return_dict)
 
     @torch.no_grad()
     def interpolate(
@@ -1425,16 +1832,16 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         lengths = embeds.to(thetas).norm(dim=1, keepdim=True)
         path = slerp(*(embeds.to(thetas) / lengths).split(1), thetas)[:, 0]
         path = path * (lengths[0] + thetas[:, None] * (lengths[1] - lengths[0]))
-        total = num_inference_steps * (1 + (noise == "slerp"))
+        total = num_inference_steps * (1 + (noise == "slerp")) + self._num_steps_to_enlarge(output_type)
         with self.progress_bar(total=total) as progress_bar:
             if noise == "slerp":
                 samples = torch.cat([self._to_sample(end) for end in ends])
                 noises = self._invert_loop(samples, embeds, num_inference_steps, progress_bar)
                 start = slerp(noises[:1], noises[1:], thetas)[:, 0]
             else:
-                start = self._prepare_latents(None, (1, *self._image_shape), generator).expand(num, -1, -1, -1)
+                start = self._prepare_latents(None, (1, *self._latents_shape), generator).expand(num, -1, -1, -1)
             latents = self._decode_loop(start, path, num_inference_steps, guidance_scale, progress_bar)
-        return self._output(latents, path, start, output_type, return_dict)
+            return self._output(latents, path, start, generator, progress_bar, output_type, return_dict)
 
     @torch.no_grad()
     def text_diff(
@@ -1446,6 +1853,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         num: int = 8,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> UnCLIPTextToImagePipelineOutput | tuple:
@@ -1464,6 +1872,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             num (`int`, *optional*, defaults to 8): Number of images, the first at 0, the last at `theta_max`.
             num_inference_steps (`int`, *optional*, defaults to 50): Steps of the decoder, and of the inversion.
             guidance_scale (`float`, *optional*, defaults to 1.0): Of the decoder; the first is the image with 1.
+            generator (`torch.Generator`, *optional*): For what Karlo draws to enlarge; no other decoder draws here.
             output_type, return_dict: As in [`~UnCLIPTextToImagePipeline.__call__`].
 
         Returns:
@@ -1476,6 +1885,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         """
         self._check_output(output_type)
         self._check_numbers(guidance_scale, num_inference_steps=num_inference_steps, num=num)
+        self._check_generator(generator, 1)
         if not 0 <= theta_max <= 1:
             raise ValueError(f"`theta_max` is {theta_max}, but must lie in [0, 1]; the paper's are 0.25 to 0.5.")
         texts = [prompt] if source_prompt is None else [prompt, source_prompt]
@@ -1493,8 +1903,9 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             raise ValueError(f"`prompt` and `source_prompt` have the same embedding: {texts} do not differ for CLIP.")
         length = embeds.to(thetas).norm()
         path = length * slerp(embeds.to(thetas) / length, direction / direction.norm(), thetas)[:, 0]
-        with self.progress_bar(total=2 * num_inference_steps) as progress_bar:
+        total = 2 * num_inference_steps + self._num_steps_to_enlarge(output_type)
+        with self.progress_bar(total=total) as progress_bar:
             start = self._invert_loop(self._to_sample(images), embeds, num_inference_steps, progress_bar)
             start = start.expand(num, -1, -1, -1)
             latents = self._decode_loop(start, path, num_inference_steps, guidance_scale, progress_bar)
-        return self._output(latents, path, start, output_type, return_dict)
+            return self._output(latents, path, start, generator, progress_bar, output_type, return_dict)

@@ -11,6 +11,7 @@ of the hidden states of its text encoder, L the number of tokens.
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch import nn
 from transformers import (
+    BatchEncoding,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
@@ -54,7 +56,8 @@ logger = logging.get_logger(__name__)
 
 # For each scheduler: what else must hold of its config, and the fewest steps. With an exact network on a Gaussian, the
 # relative error of the covariance at 25 steps is 0.17 (ancestral), 0.10 (DDIM), 0.007 (DPM-Solver++), 0.04 (its SDE),
-# 0.009 (UniPC); Euler has 0.10, and Heun's is above 1: the cosine schedule's first sigma is 20000.
+# 0.009 (UniPC); Euler has 0.10, and Heun's is above 1: the cosine schedule's first sigma is 20000. Of settings, "bh1"
+# and no `lower_order_final` of UniPC are not finite, "sigma_min" has 0.24 (SDE), "log_linear" 0.67 (Euler, 50 steps).
 _SCHEDULERS = {
     "DDPMScheduler": (
         {
@@ -69,12 +72,27 @@ _SCHEDULERS = {
             "timestep_spacing": ("linspace", "trailing"),
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
             "variance_type": (None,),
+            "final_sigmas_type": ("zero",),
+            "lambda_min_clipped": (-math.inf,),
         },
         1,
     ),
-    "UniPCMultistepScheduler": ({"timestep_spacing": ("linspace", "trailing"), "predict_x0": (True,)}, 1),
+    "UniPCMultistepScheduler": (
+        {
+            "timestep_spacing": ("linspace", "trailing"),
+            "predict_x0": (True,),
+            "solver_type": ("bh2",),
+            "lower_order_final": (True,),
+        },
+        1,
+    ),
     "EulerDiscreteScheduler": (
-        {"timestep_spacing": ("linspace", "trailing"), "timestep_type": ("discrete",), "sigma_max": (None,)},
+        {
+            "timestep_spacing": ("linspace", "trailing"),
+            "timestep_type": ("discrete",),
+            "interpolation_type": ("linear",),
+            "sigma_max": (None,),
+        },
         50,
     ),
     "UnCLIPScheduler": ({"variance_type": ("fixed_small_log",)}, 2),
@@ -121,12 +139,12 @@ def check_prior_scheduler(scheduler: SchedulerMixin, num_inference_steps: int | 
 
     Args:
         scheduler (`SchedulerMixin`): What to check.
-        num_inference_steps (`int`, *optional*): If given, whether that many steps are enough is checked too.
+        num_inference_steps (`int`, *optional*): If given, whether it can take that many steps is checked too.
 
     Raises:
         ValueError: For other schedulers than DDPM, DDIM, DPM-Solver++ multistep, UniPC, Euler and UnCLIP; another
-            schedule than the cosine one, another prediction than `x_0`, timesteps that do not start at the last level,
-            and too few steps.
+            schedule than the cosine one, another prediction than `x_0`, settings that give wrong embeddings on it, too
+            few steps, and a number of steps that diffusers rounds to timesteps which miss the ends or repeat.
 
     Example:
 
@@ -175,6 +193,18 @@ def check_prior_scheduler(scheduler: SchedulerMixin, num_inference_steps: int | 
                 f"`num_inference_steps` is {num_inference_steps}, but must be an `int` from {least} to {most} with "
                 f"`{name}`: give more, or take `default_prior_scheduler()`."
             )
+        # What diffusers rounds can give a step more, the timestep -1, or the same one twice, and a step of DDIM goes
+        # `most // num_inference_steps` down, wherever the next one starts.
+        trial = type(scheduler).from_config(config)
+        trial.set_timesteps(num_inference_steps)
+        places = trial.timesteps.tolist()
+        is_falling = all(a > b for a, b in itertools.pairwise([*places, -1]))
+        is_short = name == "DDIMScheduler" and most % num_inference_steps > most / 20
+        if len(places) != num_inference_steps or places[0] != most - 1 or not is_falling or is_short:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, for which {name} does not take as many different "
+                f"steps from the timestep {most - 1} to the end: give a smaller number that divides {most}."
+            )
 
 
 def fix_stable_unclip_scheduler(scheduler: SchedulerMixin | Mapping[str, Any]) -> DDPMScheduler:
@@ -216,7 +246,7 @@ def fix_stable_unclip_scheduler(scheduler: SchedulerMixin | Mapping[str, Any]) -
             f"`scheduler` has `prediction_type`={prediction!r}, but a prior predicts the sample: give that of "
             "the prior, not that of a decoder."
         )
-    return DDPMScheduler(
+    fixed = DDPMScheduler(
         num_train_timesteps=config.get("num_train_timesteps", 1000),
         beta_schedule="squaredcos_cap_v2",
         prediction_type="sample",
@@ -225,6 +255,8 @@ def fix_stable_unclip_scheduler(scheduler: SchedulerMixin | Mapping[str, Any]) -
         clip_sample=config.get("clip_sample", True),
         clip_sample_range=config.get("clip_sample_range", 1.0),
     )
+    check_prior_scheduler(fixed)  # which warns of a limit for pixels
+    return fixed
 
 
 # ------------------------------------------------------------------------------------------------------------- network
@@ -363,9 +395,10 @@ def init_prior(
         if embed_scale is not None:
             raise ValueError(f"`embed_scale` is {embed_scale}, but belongs to `embed_norm='l2'`: leave it out.")
         mean, std = embeds.mean(dim=0), embeds.std(dim=0)
-        if not (std > 0).all():
+        constant = (std <= 1e-6 * embeds.abs().amax(dim=0)).nonzero().flatten()  # where rounding is all that varies
+        if len(constant):
             raise ValueError(
-                f"`image_embeds` is constant in dimension {(std <= 0).nonzero()[0].item()}: give those of more images."
+                f"`image_embeds` is constant in dimension {constant[0].item()}: give those of more images."
             )
     elif embed_norm == "l2":
         scale = math.sqrt(width) if embed_scale is None else embed_scale
@@ -401,7 +434,8 @@ def slerp(a: torch.Tensor, b: torch.Tensor, theta: float | Sequence[float] | tor
         `torch.Tensor`: Shape `(batch, ...)`, or `(places, batch, ...)` for several.
 
     Raises:
-        ValueError: If the shapes differ, or a row is zero, or two are opposite, where no path is the shortest.
+        ValueError: If the shapes differ, a row is zero or not finite, or two are opposite, where no path is the
+            shortest.
 
     Example:
 
@@ -418,8 +452,8 @@ def slerp(a: torch.Tensor, b: torch.Tensor, theta: float | Sequence[float] | tor
         raise ValueError(f"`a` has shape {tuple(a.shape)} and `b` {tuple(b.shape)}: they must agree, as (batch, ...).")
     rows = [x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b)]
     norms = [x.norm(dim=1, keepdim=True) for x in rows]
-    if not all((norm > 0).all() for norm in norms):
-        raise ValueError("`a` or `b` has a row of zeros, which has no direction: leave it out.")
+    if not all((norm > 0).all() and norm.isfinite().all() for norm in norms):
+        raise ValueError("`a` or `b` has a row of zeros, or one that is not finite, without direction: leave it out.")
     units = [x / norm for x, norm in zip(rows, norms, strict=True)]
     # As exact for small angles as for right ones, which the arc cosine is not.
     w = 2 * torch.atan2((units[0] - units[1]).norm(dim=1), (units[0] + units[1]).norm(dim=1))
@@ -523,6 +557,94 @@ def to_batch(
 
 
 # ---------------------------------------------------------------------------------------------------------- pipeline
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: CLIPTextModelWithProjection, prefix: str = ""
+) -> None:
+    r"""
+    Refuses a tokenizer with which CLIP would read something else than the text, without a sign of it.
+
+    Args:
+        tokenizer (`CLIPTokenizer`): What to check.
+        text_encoder (`CLIPTextModelWithProjection`): The encoder that gets its tokens.
+        prefix (`str`, *optional*, defaults to `""`): What the names of the two start with, in messages.
+
+    Raises:
+        ValueError: If it has no tokens but special ones, or tokens that the encoder does not know; if it cuts beyond
+            the encoder's context, or on the left, or pads there; if the id that ends texts is not the one at which the
+            encoder reads off the embedding.
+    """
+    ids, text = tokenizer.get_vocab().values(), text_encoder.config
+    if len(ids) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"`{prefix}tokenizer` has {len(ids)} tokens, and none but special ones, so that all texts would be the "
+            "same: load its vocabulary, as `from_pretrained` does."
+        )
+    if max(ids) >= text.vocab_size:
+        raise ValueError(
+            f"`{prefix}tokenizer` has ids up to {max(ids)}, but `{prefix}text_encoder` knows {text.vocab_size} "
+            "tokens: take the one that it was trained with."
+        )
+    if (tokenizer.model_max_length or math.inf) > text.max_position_embeddings:
+        raise ValueError(
+            f"`{prefix}tokenizer` cuts at {tokenizer.model_max_length} tokens, but `{prefix}text_encoder` has "
+            f"{text.max_position_embeddings} positions: set `{prefix}tokenizer.model_max_length`."
+        )
+    # An id of 2 is what old configs say: CLIP then pools at the highest id.
+    end = max(ids) if text.eos_token_id == 2 else text.eos_token_id
+    empty = tokenizer("").input_ids
+    if end != tokenizer.eos_token_id or end not in empty or empty.index(end) != len(empty) - 1:
+        raise ValueError(
+            f"`{prefix}tokenizer` ends texts with the id {tokenizer.eos_token_id} (the empty one is {empty}), but "
+            f"`{prefix}text_encoder` looks for the first {end} and would pool another token, the same for all texts: "
+            "set `eos_token_id` of its config and load it anew, or take the tokenizer that it was trained with."
+        )
+    sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
+    if set(sides.values()) != {"right"} or tokenizer.pad_token is None:
+        raise ValueError(
+            f"`{prefix}tokenizer` has {sides} and `pad_token` {tokenizer.pad_token!r}, but CLIP reads texts that are "
+            "padded and cut on the right: set them on it."
+        )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> BatchEncoding:
+    r"""
+    Texts as CLIP reads them: what looks like a special token is text, and what is beyond the context is left out, with
+    a warning that says what that is.
+
+    Args:
+        tokenizer (`CLIPTokenizer`): CLIP's tokenizer.
+        texts (`list[str]`): The texts.
+        length (`int`): Tokens that are read, with those for start and end.
+
+    Returns:
+        `BatchEncoding`: `input_ids` and `attention_mask`, of shape `(texts, length)`.
+
+    Raises:
+        ValueError: If the tokenizer takes a part of a text for its end, as some do with what they do not know.
+    """
+    end = tokenizer.eos_token_id
+    for text, ids in zip(texts, tokenizer(texts, split_special_tokens=True, verbose=False).input_ids, strict=True):
+        if end in ids[:-1]:
+            known = tokenizer.decode(ids[: ids.index(end)], skip_special_tokens=True).strip()
+            raise ValueError(
+                f"`prompt` has {text!r}, of which `tokenizer` does not know what comes after {known!r}, and reads it "
+                "as the end of the text: write it with characters of its vocabulary."
+            )
+        if len(ids) > length:
+            logger.warning(
+                f"a prompt has {len(ids)} tokens, and CLIP reads {length} of them. This was left out: "
+                f"{tokenizer.decode(ids[length - 1 : -1]).strip()!r}, at the end of {text!r}."
+            )
+    return tokenizer(
+        texts,
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        split_special_tokens=True,
+        return_tensors="pt",
+    )
 
 
 def likeness(image_embeds: torch.Tensor, text_embeds: torch.Tensor, mode: str = "cosine") -> torch.Tensor:
@@ -630,25 +752,12 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
                     "for a new prior, `UnCLIPPriorTransformer` has `encoder_hid_dim` for hidden states of any width."
                 )
         if text_encoder is not None and tokenizer is not None:
-            if len(tokenizer) > text.vocab_size:
+            check_tokenizer(tokenizer, text_encoder)
+            if tokenizer.model_max_length != config.num_embeddings:
                 raise ValueError(
-                    f"`tokenizer` has {len(tokenizer)} tokens, but `text_encoder` knows {text.vocab_size}: take the "
-                    "one that it was trained with."
-                )
-            # An id of 2 is what old configs say: CLIP then pools at the highest id.
-            end = len(tokenizer) - 1 if text.eos_token_id == 2 else text.eos_token_id
-            if end != tokenizer.eos_token_id:
-                raise ValueError(
-                    f"`tokenizer` ends texts with the id {tokenizer.eos_token_id}, but `text_encoder` looks for {end} "
-                    "and would pool another token, the same for all texts: set `eos_token_id` of its config and load "
-                    "it anew, or take the tokenizer that it was trained with."
-                )
-            length = config.num_embeddings
-            if length > text.max_position_embeddings or tokenizer.model_max_length not in (length, int(1e30)):
-                raise ValueError(
-                    f"`prior` reads {length} tokens, `tokenizer` cuts at {tokenizer.model_max_length} and "
-                    f"`text_encoder` has {text.max_position_embeddings} positions: make them agree, by "
-                    "`num_embeddings` of a new prior or `tokenizer.model_max_length`."
+                    f"`prior` reads {config.num_embeddings} tokens, but `tokenizer` cuts at "
+                    f"{tokenizer.model_max_length}: set `tokenizer.model_max_length`, or make a new prior with "
+                    "another `num_embeddings`."
                 )
         check_prior_scheduler(scheduler)
         self.register_modules(
@@ -678,7 +787,8 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
 
         Raises:
             TypeError: For anything else than texts.
-            ValueError: If there are none, or the pipeline has no text encoder.
+            ValueError: If there are none, if the tokenizer reads a part of one as the end of the text, as some do with
+                what they do not know, or if the pipeline has no text encoder.
 
         Example:
 
@@ -701,23 +811,7 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
             raise ValueError(
                 "this pipeline has no `text_encoder` and `tokenizer`: give `prompt_embeds`, or load them."
             )
-        length = self.prior.config.num_embeddings
-        for text, ids in zip(
-            texts, self.tokenizer(list(texts), split_special_tokens=True, verbose=False).input_ids, strict=True
-        ):
-            if len(ids) > length:
-                logger.warning(
-                    f"a prompt has {len(ids)} tokens, and CLIP reads {length} of them. This was left out: "
-                    f"{self.tokenizer.decode(ids[length - 1 : -1]).strip()!r}, at the end of {text!r}."
-                )
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            split_special_tokens=True,
-            return_tensors="pt",
-        )
+        tokens = tokenize(self.tokenizer, list(texts), self.prior.config.num_embeddings)
         device = self._execution_device
         output = self.text_encoder(tokens.input_ids.to(device))
         return output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool().to(device)
@@ -821,6 +915,9 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
         if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2 or embeds.shape[1] != width:
             shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
             raise ValueError(f"`{name}` is {shape}, but must be a tensor of shape (batch, {width}).")
+        if not embeds.isfinite().all():
+            row = (~embeds.isfinite().all(dim=1)).nonzero()[0].item()
+            raise ValueError(f"`{name}` is not finite in row {row}: leave it out.")
 
     def _to_embeds(self, name: str, images: Image.Image | np.ndarray | torch.Tensor | list) -> torch.Tensor:
         """Embeddings in the scale of the prior's, of images or of what already is embeddings."""
@@ -855,7 +952,8 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
             `torch.Tensor`: Shape `(batch, d)`, or `(places, batch, d)` for several places.
 
         Raises:
-            ValueError: For shapes that do not fit, embeddings of zero, opposite ones, and another `mode`.
+            ValueError: For shapes that do not fit, embeddings of zero, opposite ones, places out of range, and
+                another `mode`.
 
         Example:
 
@@ -876,6 +974,8 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
             raise ValueError(f"`a` has {len(a)} embeddings and `b` {len(b)}: they must agree.")
         b = b.to(a)
         places = torch.as_tensor(theta, dtype=a.dtype, device=a.device)
+        if places.ndim > 1 or not ((places >= 0) & (places <= 1)).all():
+            raise ValueError(f"`theta` is {theta}, but must be one place from 0 to 1, or a list of them.")
         places = places.reshape(*places.shape, 1, 1)
         if mode == "lerp":
             return a + places * (b - a)
@@ -980,7 +1080,7 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
         total = 0
         for item, weight in zip(items, weights, strict=True):
             if isinstance(item, str):
-                embeds = self(item, **kwargs).image_embeds
+                embeds = self(item, **kwargs | {"return_dict": True}).image_embeds
             else:
                 is_row = isinstance(item, torch.Tensor) and item.ndim == 1
                 embeds = self._to_embeds("items", item[None] if is_row else item)
@@ -1317,6 +1417,11 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
                     raise ValueError("`prompt` is missing: give it, or `prompt_embeds`.")
                 texts = ""
             if embeds is None:
+                if hidden_states is not None or mask is not None:
+                    raise ValueError(
+                        f"`{name}_hidden_states` and `{name}_mask` go with `{name}_embeds`, which is missing: give "
+                        "all three, as `encode_prompt` does, or none."
+                    )
                 texts = [texts] if isinstance(texts, str) else texts
                 if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                     raise TypeError(f"`{name}` is {texts!r}, but must be a `str` or a list of them.")
@@ -1326,7 +1431,8 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
                     )
                 counts[name] = len(texts)
             else:
-                length, count = config.num_embeddings, len(embeds)
+                length = config.num_embeddings
+                count = len(embeds) if isinstance(embeds, torch.Tensor) and embeds.ndim else 1
                 width = config.get("encoder_hid_dim") or config.embedding_dim
                 shapes = {
                     "embeds": (embeds, (count, config.get("embedding_proj_dim") or config.embedding_dim)),
@@ -1336,12 +1442,20 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
                 for part, (tensor, expected) in shapes.items():
                     if tensor is None and not has_hidden_states:
                         continue
-                    if tensor is None or tuple(tensor.shape) != expected:
-                        found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-                        raise ValueError(
-                            f"`{name}_{part}` is {found}, but `{name}_embeds` go with one of shape {expected}: "
-                            "`encode_prompt` gives all three."
-                        )
+                    if tensor is None:
+                        found = "missing"
+                    elif not isinstance(tensor, torch.Tensor):
+                        found = f"a {type(tensor).__name__}"
+                    elif tuple(tensor.shape) != expected:
+                        found = f"of shape {tuple(tensor.shape)}"
+                    elif not tensor.isfinite().all():
+                        found = "not finite"
+                    else:
+                        continue
+                    raise ValueError(
+                        f"`{name}_{part}` is {found}, but must be a finite tensor of shape {expected}: "
+                        "`encode_prompt` gives all three."
+                    )
                 counts[name] = count
             given[name] = (texts, embeds, hidden_states, mask)
         if not counts["prompt"] or counts["negative_prompt"] not in (1, counts["prompt"]):
@@ -1384,14 +1498,6 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
-        # What diffusers rounds can give a step more, the timestep -1, or the same one twice.
-        places, last = timesteps.tolist(), self.scheduler.config.num_train_timesteps - 1
-        is_falling = all(a > b for a, b in zip(places, [*places[1:], -1], strict=True))
-        if len(places) != num_inference_steps or places[0] != last or not is_falling:
-            raise ValueError(
-                f"`num_inference_steps` is {num_inference_steps}, for which {type(self.scheduler).__name__} does not "
-                f"give as many timesteps from {last} down: take another number near it."
-            )
         batch_size = counts["prompt"] * num_images_per_prompt
         if isinstance(generator, torch.Generator) and batch_size == 1:  # as in a list, where each row is a draw
             generator = [generator]
@@ -1406,8 +1512,10 @@ class UnCLIPPriorPipeline(HubMixin, DiffusionPipeline):
         shape = (batch_size * num_candidates, config.embedding_dim)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but this call needs {shape}.")
+        elif tuple(latents.shape) != shape or not latents.isfinite().all():
+            raise ValueError(
+                f"`latents` has shape {tuple(latents.shape)}, but this call needs {shape}, and finite numbers."
+            )
         latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         if not is_guided and (negative_prompt is not None or negative_prompt_embeds is not None):
             logger.warning("`negative_prompt` has no effect with `guidance_scale=1`: give another scale.")

@@ -5,35 +5,57 @@ import importlib
 import io
 import itertools
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from contract import PipelineContract, no_model_runs
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     HeunDiscreteScheduler,
+    KandinskyV22Pipeline,
+    PNDMScheduler,
     PriorTransformer,
+    StableUnCLIPImg2ImgPipeline,
+    StableUnCLIPPipeline,
+    UnCLIPImageVariationPipeline,
+    UnCLIPPipeline,
     UnCLIPScheduler,
     UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
 )
+from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from diffusers.utils import logging as diffusers_logging
+from hub_server import HubServer
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
-from diffusers_ext import UnCLIPImageProjection, UnCLIPTextToImagePipeline
+from diffusers_ext import (
+    UnCLIPImageProjection,
+    UnCLIPPriorPipeline,
+    UnCLIPPriorTransformer,
+    UnCLIPTextToImagePipeline,
+)
 from diffusers_ext.pipelines.unclip import UnCLIPDecoderScheduler, slerp
 
 unclip = importlib.import_module("diffusers_ext.pipelines.unclip")
@@ -119,6 +141,111 @@ def make_parts(**changes):
     } | changes
 
 
+def make_prior_pipe(**changes):
+    parts = make_parts()
+    names = ("prior", "text_encoder", "tokenizer", "image_encoder")
+    return UnCLIPPriorPipeline(
+        **({name: parts[name] for name in names} | {"scheduler": parts["prior_scheduler"]} | changes)
+    )
+
+
+def louder(*models):
+    """Larger weights: new networks hardly look at what they are told."""
+    with torch.no_grad():
+        for name, weight in itertools.chain(*(model.named_parameters() for model in models)):
+            weight.mul_(3 if weight.ndim > 1 and "time_emb" not in name else 1)
+
+
+def make_kandinsky(out_channels=8):
+    torch.manual_seed(8)
+    unet = make_decoder(
+        sample_size=8, in_channels=4, out_channels=out_channels, addition_embed_type="image", encoder_hid_dim=DIM,
+        encoder_hid_dim_type="image_proj", class_embed_type=None,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", resnet_time_scale_shift="scale_shift",
+    )  # fmt: skip
+    movq = VQModel(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        norm_num_groups=4, norm_type="spatial", num_vq_embeddings=12, up_block_types=("UpDecoderBlock2D",) * 2,
+        vq_embed_dim=4,
+    )  # fmt: skip
+    louder(unet)
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, clip_sample=False, thresholding=True, variance_type="learned_range"
+    )
+    return KandinskyV22Pipeline(unet, scheduler, movq.eval())
+
+
+def make_karlo():
+    torch.manual_seed(9)
+    decoder = make_decoder(
+        sample_size=8, out_channels=6, resnet_time_scale_shift="scale_shift",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    )  # fmt: skip
+    large = [
+        UNet2DModel(
+            sample_size=SIDE, in_channels=6, out_channels=3, down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2, block_out_channels=(8, 8), layers_per_block=1,
+            norm_num_groups=4, add_attention=False,
+        ).eval()
+        for _ in range(2)
+    ]  # fmt: skip
+    projection = UnCLIPTextProjModel(clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=12)
+    projection.learned_classifier_free_guidance_embeddings.data.normal_()
+    louder(decoder)
+    return UnCLIPImageVariationPipeline(
+        decoder=decoder,
+        text_encoder=make_text_encoder(),
+        tokenizer=make_tokenizer(),
+        text_proj=projection.eval(),
+        feature_extractor=None,
+        image_encoder=make_image_encoder(),
+        super_res_first=large[0],
+        super_res_last=large[1],
+        decoder_scheduler=UnCLIPScheduler(variance_type="learned_range", prediction_type="epsilon"),
+        super_res_scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
+    )
+
+
+def make_stable_unclip():
+    torch.manual_seed(10)
+    unet = make_decoder(
+        sample_size=8, in_channels=4, out_channels=4, class_embed_type="projection",
+        projection_class_embeddings_input_dim=2 * DIM,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        norm_num_groups=4, block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    louder(unet)
+    return StableUnCLIPImg2ImgPipeline(
+        feature_extractor=None,
+        image_encoder=make_image_encoder(),
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=DIM),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=make_tokenizer(),
+        text_encoder=CLIPTextModel(make_text_encoder(hidden_size=12).config).eval(),
+        unet=unet,
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"
+        ),
+        vae=vae.eval(),
+    )
+
+
+DECODERS = {"kandinsky": make_kandinsky, "karlo": make_karlo, "stable_unclip": make_stable_unclip}
+
+
+def make_over(name, **changes):
+    """Over a stock decoder, and a prior."""
+    pipe = UnCLIPTextToImagePipeline.from_decoder(DECODERS[name](), make_prior_pipe(), **changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def make(**changes):
     pipe = UnCLIPTextToImagePipeline(**make_parts(**changes))
     pipe.set_progress_bar_config(disable=True)
@@ -171,12 +298,29 @@ class TestDecoderAlone(TestUnCLIP):
         return {"image_embeds": embeds[:batch_size], "num_inference_steps": 3}
 
 
+class TestKandinsky(TestUnCLIP):
+    def components(self):
+        return make_over("kandinsky").components
+
+
+class TestKarlo(TestUnCLIP):
+    def components(self):
+        return make_over("karlo").components
+
+
+class TestStableUnCLIP(TestUnCLIP):
+    def components(self):
+        return make_over("stable_unclip").components
+
+
 # -- examples
 
 
 def test_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make().save_pretrained("my-unclip")
+    make_prior_pipe().save_pretrained("my-prior")
+    make_kandinsky().save_pretrained("my-kandinsky")
     result = doctest.testmod(unclip, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0 and result.attempted >= 20
 
@@ -204,26 +348,33 @@ def recorded(goldens):
     return {k: torch.from_numpy(v) for k, v in np.load(goldens / "unclip" / "g8_decoder_conditioning.npz").items()}
 
 
-def test_conditioning_is_the_recorded_one(recorded):
+@torch.no_grad()
+@pytest.mark.parametrize("with_text", [True, False])
+def test_conditioning_is_the_recorded_one(recorded, with_text):
     """Of `UnCLIPTextProjModel`, whose text adds a summand to the time embedding, and more tokens."""
-    projection = UnCLIPImageProjection(clip_embeddings_dim=6, time_embed_dim=10, cross_attention_dim=7)
+    projection = UnCLIPImageProjection(
+        clip_embeddings_dim=6, time_embed_dim=10, cross_attention_dim=7, with_text=with_text
+    )
     weights = {name[2:]: value for name, value in recorded.items() if name.startswith("w/")}
     own = projection.state_dict().keys() - {"clip_mean", "clip_std"}
-    assert len(own) == 5
+    assert len(own) == (11 if with_text else 5)
     projection.load_state_dict({name: weights[name] for name in own}, strict=False)
-    text = torch.nn.functional.linear(
-        recorded["prompt_embeds"], weights["embedding_proj.weight"], weights["embedding_proj.bias"]
-    )
-    with torch.no_grad():
-        tokens, time_embeds = projection(recorded["image_embeddings"])
-        torch.testing.assert_close(tokens, recorded["encoder_hidden_states"][:, :4], rtol=0, atol=2e-6)
-        torch.testing.assert_close(time_embeds + text, recorded["class_labels"], rtol=0, atol=2e-6)
-        # the recorded ones have no image first
-        both, drop_mask = recorded["image_embeddings"].repeat(2, 1), torch.tensor([True, True, False, False])
-        tokens, time_embeds = projection(both, drop_mask)
-    torch.testing.assert_close(tokens, recorded["encoder_hidden_states_cfg"][:, :4], rtol=0, atol=2e-6)
-    guided_text = recorded["class_labels_cfg"] - time_embeds
-    torch.testing.assert_close(guided_text, text.repeat(2, 1), rtol=0, atol=2e-6)
+    text_weights = (weights[f"embedding_proj.{name}"] for name in ("weight", "bias"))
+    text = torch.nn.functional.linear(recorded["prompt_embeds"], *text_weights)
+    for cfg in ("", "_cfg"):  # the recorded ones have no image first
+        count = 2 if cfg else 1
+        embeds = recorded["image_embeddings"].repeat(count, 1)
+        drop_mask = torch.arange(len(embeds)) < len(embeds) - 2
+        tokens, time_embeds = recorded[f"encoder_hidden_states{cfg}"], recorded[f"class_labels{cfg}"]
+        texts = {}
+        if with_text:
+            texts["text_embeds"] = recorded["prompt_embeds"].repeat(count, 1)
+            texts["hidden_states"] = recorded["text_hidden"].repeat(count, 1, 1)
+        else:
+            tokens, time_embeds = tokens[:, :4], time_embeds - text.repeat(count, 1)
+        found = projection(embeds, drop_mask, **texts)
+        torch.testing.assert_close(found[0], tokens, rtol=0, atol=2e-6)
+        torch.testing.assert_close(found[1], time_embeds, rtol=0, atol=2e-6)
 
 
 def test_statistics_and_the_embedding_of_no_image():
@@ -611,6 +762,282 @@ def test_manipulations_are_the_recorded_ones(goldens):
             torch.testing.assert_close(turned, recorded["text_diff_unit"][place, row], rtol=0, atol=1e-12)
 
 
+# -- decoders of Kandinsky 2.2, Karlo and Stable unCLIP
+
+
+class OnlyMeans(DDIMScheduler):
+    """DDIM for stock pipelines that hand a learned variance, or the next timestep, to their scheduler."""
+
+    def step(self, model_output, timestep, sample, prev_timestep=None, generator=None, return_dict=True, **kwargs):
+        model_output = model_output[:, : sample.shape[1]]
+        return super().step(model_output, timestep, sample, use_clipped_model_output=True, return_dict=return_dict)
+
+
+def ddim(pipe):
+    """As the pipeline's own scheduler, where diffusers knows where it goes, and as exact."""
+    levels = dict(pipe.decoder_scheduler.config) | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    scheduler = OnlyMeans.from_config({name: value for name, value in levels.items() if not name.startswith("_")})
+    scheduler.alphas_cumprod = pipe.decoder_scheduler.alphas_cumprod.clone()
+    return scheduler
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("name", DECODERS)
+def test_stock_pipelines_paint_the_same(name, guidance_scale):
+    stock = DECODERS[name]()
+    pipe = UnCLIPTextToImagePipeline.from_decoder(stock, make_prior_pipe())
+    for one in (pipe, stock):
+        one.to(torch.float64).set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    ours = {"num_inference_steps": 5, "guidance_scale": guidance_scale, "generator": seeds[0], "output_type": "np"}
+    theirs = {"latents": None, "generator": seeds[1], "output_type": "np"}
+    x_T = torch.randn(2, *pipe._latents_shape, dtype=torch.float64)
+    if name == "karlo":  # reads an empty text
+        z = torch.randn(2, DIM, dtype=torch.float64)
+        output = pipe(image_embeds=z, latents=x_T, **ours)
+        stock.register_modules(decoder_scheduler=ddim(pipe))
+        theirs = {"decoder_latents": x_T, "image_embeddings": z, "decoder_num_inference_steps": 5} | theirs
+        del theirs["latents"]
+        images = stock(**theirs, decoder_guidance_scale=guidance_scale).images
+    else:
+        output = pipe(["a cat", "blue"], latents=x_T, prior_num_inference_steps=3, num_candidates=1, **ours)
+        stock.register_modules(scheduler=ddim(pipe))
+        theirs |= {"latents": x_T, "image_embeds": output.image_embeds, "num_inference_steps": 5}
+        if name == "kandinsky":
+            zeros = torch.zeros(2, 3, 12, 12, dtype=torch.float64)
+            theirs |= {"negative_image_embeds": pipe.image_encoder(zeros).image_embeds, "height": SIDE, "width": SIDE}
+        else:
+            stock.image_noising_scheduler.alphas_cumprod[0] = 1  # level 0 is no noise
+            theirs |= {"prompt": ["a cat", "blue"]}
+        images = stock(**theirs, guidance_scale=guidance_scale).images
+    assert images.std() > 0.02 and output.images.shape == (2, SIDE, SIDE, 3)
+    np.testing.assert_allclose(output.images, images, rtol=0, atol=1e-5)
+    other = pipe(image_embeds=torch.randn(2, DIM), latents=x_T, **ours | {"generator": seeds[1].manual_seed(0)}).images
+    assert np.abs(other - output.images).max() > 0.02, "the embedding says nothing: the case is blind"
+
+
+@torch.no_grad()
+def test_all_of_karlo_in_one_call():
+    """Its prior by its scheduler, its decoder, which reads the prompt, and its enlargement."""
+    parts = dict(make_karlo().components)
+    for name in ("image_encoder", "feature_extractor"):
+        del parts[name]
+    scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)
+    stock = UnCLIPPipeline(prior=make_prior(), prior_scheduler=scheduler, **parts)
+    pipe = UnCLIPTextToImagePipeline.from_decoder(stock)
+    assert pipe.text_encoder is pipe.decoder_text_encoder is stock.text_encoder
+    stock.register_modules(decoder_scheduler=ddim(pipe))
+    for one in (pipe, stock):
+        one.to(torch.float64).set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    z_T, x_T = (torch.randn(1, *shape, dtype=torch.float64) for shape in ((DIM,), (3, 8, 8)))
+    ours = pipe(
+        "a cat", prior_guidance_scale=4.0, guidance_scale=8.0, num_candidates=1, prior_num_inference_steps=5,
+        num_inference_steps=5, prior_latents=z_T, latents=x_T, generator=seeds[0], output_type="np",
+    ).images  # fmt: skip
+    theirs = stock(
+        "a cat", prior_guidance_scale=4.0, decoder_guidance_scale=8.0, prior_num_inference_steps=5,
+        decoder_num_inference_steps=5, prior_latents=z_T, decoder_latents=x_T, generator=seeds[1], output_type="np",
+    ).images  # fmt: skip
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert theirs.std() > 0.05
+
+
+def test_all_of_stable_unclip_in_one_call():
+    image = make_stable_unclip()
+    names = ("tokenizer", "text_encoder", "unet", "scheduler", "vae", "image_normalizer", "image_noising_scheduler")
+    prior = make_prior_pipe()
+    stock = StableUnCLIPPipeline(
+        prior_tokenizer=prior.tokenizer, prior_text_encoder=prior.text_encoder, prior=prior.prior,
+        prior_scheduler=prior.scheduler, **{name: getattr(image, name) for name in names},
+    )  # fmt: skip
+    pipe = UnCLIPTextToImagePipeline.from_decoder(stock)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.text_encoder is prior.text_encoder and pipe.decoder_text_encoder is image.text_encoder
+    same = UnCLIPTextToImagePipeline.from_decoder(pipe)
+    same.set_progress_bar_config(disable=True)
+    images = [
+        one("a cat", **SHORT, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for one in (pipe, same, make_over("stable_unclip"))
+    ]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DECODERS)
+def test_edits_of_pictures_over_stock_decoders(name):
+    """Inversion in the decoder's own space, and from there all ways lead back to the picture."""
+    scheduler = UnCLIPDecoderScheduler(beta_schedule="linear", clip_sample=False)
+    pipe = make_over(name, **({"decoder_scheduler": scheduler} if name == "karlo" else {})).to(torch.float64)
+    for weight in pipe.decoder.conv_out.parameters():  # changes slowly, as a trained one
+        weight.mul_(0.005)
+    pictures = torch.rand(2, 3, 20, 20, dtype=torch.float64)
+    side = 8 if name == "karlo" else SIDE
+    small = torch.nn.functional.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    if name == "kandinsky":
+        x_0 = pipe.vae.encode(2 * small - 1).latents
+    elif name == "karlo":
+        x_0 = 2 * small - 1
+    else:
+        x_0 = 0.5 * pipe.vae.encode(2 * small - 1).latent_dist.mean
+    errors = []
+    for steps in (10, 20):
+        options = {"num_inference_steps": steps, "output_type": "latent"}
+        again = pipe.variations(pictures, eta=0.0, **options)
+        errors.append((again.images - x_0).abs().mean() / x_0.abs().mean())
+    assert errors[1] < 0.65 * errors[0] and errors[1] < 0.4
+    z = pipe.encode_image(pictures)
+    close(again.images, pipe(image_embeds=z, latents=pipe.invert(pictures, 20), guidance_scale=1.0, **options).images)
+    path = pipe.interpolate(*pictures.split(1), num=3, **options)
+    close(path.images[[0, 2]], again.images)
+    edits = pipe.text_diff(pictures[:1], "a cat", num=2, theta_max=0.5, **options)
+    close(edits.images[0], again.images[0])
+    close(edits.image_embeds[0], z[0])
+    # and as pictures
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    fixed = pipe.interpolate(*pictures.split(1), num=3, noise="fixed", **options)
+    white = pipe.variations(pictures, noise="white", num_images_per_prompt=2, guidance_scale=2.0, **options)
+    assert fixed.images.shape == (3, 3, SIDE, SIDE) and white.images.shape == (4, 3, SIDE, SIDE)
+    edits = pipe.text_diff(pictures[:1], "a cat", num=2, guidance_scale=2.0, **options)
+    assert edits.images.shape == (2, 3, SIDE, SIDE) and edits.images.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["own", *DECODERS])
+def test_weights_that_are_elsewhere(name):
+    """As with sequential offload: weights come when a network is called, and only then."""
+    pipe = make() if name == "own" else make_over(name)
+    calls = (
+        lambda: pipe("a cat", **SHORT, generator=torch.Generator().manual_seed(0), output_type="pt"),
+        lambda: pipe.variations(ONE, num_inference_steps=2, eta=0.0, output_type="latent"),
+    )
+    expected = [call().images for call in calls]
+    for part, model in pipe.components.items():
+        if isinstance(model, torch.nn.Module) and part not in pipe._exclude_from_cpu_offload:
+            assert part in pipe.model_cpu_offload_seq.split("->")
+            accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    for call, images in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call().images, images, rtol=0, atol=1e-5)
+
+
+def test_what_stock_schedulers_say_of_clipping(caplog):
+    diffusers_logging.enable_propagation()
+    config = make_over("kandinsky").decoder_scheduler.config
+    assert "`decoder_scheduler` has `thresholding=True`" in caplog.text
+    assert (config.clip_sample, config.beta_schedule, config.beta_end) == (False, "linear", 0.012)
+    config = make_over("stable_unclip").decoder_scheduler.config  # PNDM, which knows no clip
+    assert (config.clip_sample, config.prediction_type) == (False, "v_prediction")
+    assert make_over("karlo").decoder_scheduler.config.clip_sample is True
+    assert make(decoder_scheduler=PNDMScheduler()).decoder_scheduler.config.clip_sample is True
+
+
+def test_decoders_that_do_not_fit():
+    karlo, kandinsky = make_over("karlo").components, make_over("kandinsky").components
+    for components, changes, message in (
+        (karlo, {"super_res_last": None}, "is conditioned as that of 'karlo' is, which goes with .*super_res_last"),
+        (kandinsky, {"vae": None}, r"'kandinsky22' is, which goes with \['vae'\], but what was given is \[\]"),
+        (kandinsky, {"vae": make_stable_unclip().vae, "embed_norm": "l2"}, "`embed_norm` is 'l2', but the decoder"),
+        (karlo, {"decoder_text_encoder": make_text_encoder(hidden_size=12)}, "width 12, but the decoder takes 8"),
+        (karlo, {"decoder_text_encoder": make_text_encoder(eos_token_id=5)}, "`decoder_text_encoder` looks for the f"),
+        (kandinsky, {"decoder": make_kandinsky(out_channels=5).unet}, "and 5 output .* needs 4 and 4 or 8"),
+        (kandinsky, {"image_encoder": make_image_encoder(projection_dim=6)}, "sizes {'decoder': 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UnCLIPTextToImagePipeline(**components | changes)
+    with pytest.raises(TypeError, match="`decoder` is a UnCLIPPriorPipeline, but must be a pipeline with a decoder"):
+        UnCLIPTextToImagePipeline.from_decoder(make_prior_pipe())
+    with pytest.raises(ValueError, match="of `embed_norm`='standardize', but `decoder` was trained on those of 'l2'"):
+        UnCLIPTextToImagePipeline.from_decoder(make(embed_norm="l2"), make_prior_pipe())
+    own = UnCLIPTextToImagePipeline.from_decoder(make(clip_model_id="me/clip"), other := make_prior_pipe())
+    assert own.prior is other.prior and own.config.clip_model_id == "me/clip"
+    blind = UnCLIPTextToImagePipeline(**kandinsky | {"image_encoder": None})
+    with pytest.raises(ValueError, match="without `image_encoder` there is no embedding of no image"):
+        blind("a cat", guidance_scale=2.0)
+
+
+# -- a published repo is the whole of unCLIP
+
+
+LOAD = """
+import sys
+if sys.argv[1] == "without":
+    sys.modules["diffusers_ext"] = None
+    options = {"trust_remote_code": True}
+else:
+    import diffusers_ext
+    options = {}
+import torch
+from diffusers import DiffusionPipeline
+sys.path.insert(0, sys.argv[2])
+from paint import paint
+torch.set_num_threads(1)
+images = {}
+for repo in sys.argv[4:]:
+    pipe = DiffusionPipeline.from_pretrained(repo, **options)
+    assert type(pipe).__module__.startswith("diffusers_modules" if options else "diffusers_ext"), type(pipe)
+    assert options or not any(name.startswith("diffusers_modules") for name in sys.modules)
+    images[repo] = paint(pipe)
+torch.save(images, sys.argv[3])
+"""
+PAINT = """
+import torch
+def paint(pipe):
+    pipe.to(torch.float64).set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "output_type": "pt", "generator": generator}
+    picture = torch.linspace(0, 1, 3 * 20 * 20).reshape(1, 3, 20, 20)
+    edited = pipe.text_diff(picture, "a cat", num=2, **options)
+    return [pipe("a cat", prior_num_inference_steps=3, **options).images, edited.images]
+"""
+
+
+def wide():
+    """With the prior for a CLIP whose hidden states have another width."""
+    torch.manual_seed(11)
+    prior = UnCLIPPriorTransformer(
+        num_attention_heads=4, attention_head_dim=8, num_layers=1, embedding_dim=DIM, num_embeddings=LENGTH,
+        encoder_hid_dim=12,
+    )  # fmt: skip
+    prior.clip_std.data.fill_(1)
+    return make(prior=prior, text_encoder=make_text_encoder(hidden_size=12))
+
+
+def load_elsewhere(pipes, package, folder):
+    """Saves the pipelines and has another process load them, from their folders and from a Hub."""
+    (folder / "paint.py").write_text(PAINT)
+    names, expected = {}, {}
+    exec(PAINT, names)
+    with HubServer() as hub:
+        for name, pipe in pipes.items():
+            pipe.save_pretrained(folder / name, card={})
+            files = [path for path in (folder / name).rglob("*") if path.is_file()]
+            hub.put(f"alice/{name}", {str(p.relative_to(folder / name)): p.read_bytes() for p in files})
+            expected |= dict.fromkeys((f"alice/{name}", f"./{name}"), names["paint"](pipe))
+        env = hub.env(folder / "home", token=None)
+        if package == "with":
+            env |= {"PYTHONPATH": str(Path(__file__).parents[1]), "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD, package, folder, "images.pt", *expected],
+            env=env, cwd=folder, capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = torch.load(folder / "images.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    for repo, images in expected.items():
+        for ours, theirs in zip(found[repo], images, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("package", ["with", "without"])
+def test_whole_repos_load(package, tmp_path):
+    pipes = {name: make_over(name) for name in DECODERS} | {"own": make()}
+    load_elsewhere(pipes | ({"wide": wide()} if package == "without" else {}), package, tmp_path)
+
+
+def test_whole_repo_with_a_prior_of_another_file(tmp_path):
+    load_elsewhere({"wide": wide()}, "with", tmp_path)
+
+
 # -- images of other sizes, texts, other parts
 
 
@@ -720,9 +1147,10 @@ NO_TEXT = {"text_encoder": None, "tokenizer": None}
         ({"decoder": lambda: make_decoder(class_embed_type=None)}, "with `class_embed_type`=None: they must agree"),
         ({"decoder": lambda: make_decoder(cross_attention_dim=8)}, r"widths \(12, 128\), but .* takes \(8, 128\)"),
         ({"image_encoder": lambda: make_image_encoder(projection_dim=6)}, "'image_encoder': 6}, but must have one"),
-        ({"decoder_projection": lambda: make_projection(clip_embeddings_dim=6)}, "'decoder_projection': 6"),
+        ({"decoder_projection": lambda: make_projection(clip_embeddings_dim=6)}, "'decoder': 6"),
         ({"prior": lambda: make_prior(num_embeddings=9)}, "16 tokens, but `prior` takes 8 and 9"),
-        ({"text_encoder": lambda: make_text_encoder(eos_token_id=5)}, "the id 513, but `text_encoder` looks for 5"),
+        ({"text_encoder": lambda: make_text_encoder(eos_token_id=5)}, "the id 513 .* looks for the first 5"),
+        ({"tokenizer": lambda: CLIPTokenizer(model_max_length=16)}, "has . tokens, and none but special"),
         ({"prior_scheduler": HeunDiscreteScheduler}, "`scheduler` is a HeunDiscreteScheduler, which is wrong"),
         ({"prior_scheduler": DDPMScheduler}, "`scheduler` has `beta_schedule`='linear', but a prior needs"),
     ],
@@ -749,6 +1177,8 @@ NAN = torch.full((1, DIM), float("nan"))
         ({"image_embeds": torch.zeros(1, DIM), "prior_latents": NAN}, ValueError, "with `image_embeds` no prior runs"),
         ({"prompt": "a", "prior_latents": torch.zeros(1, DIM)}, ValueError, r"`prior_latents` has shape \(1, 8\)"),
         ({"prompt": "a", "latents": torch.zeros(1, 3, 8, 8)}, ValueError, r"`latents` has shape .*, but this call"),
+        ({"prompt": "a", "latents": [1]}, TypeError, "`latents` is a list, but must be a tensor"),
+        ({"prompt": "a", "latents": NAN.new_full((1, 3, SIDE, SIDE), NAN[0, 0])}, ValueError, "and finite values"),
         ({"prompt": "a", "num_inference_steps": 0}, ValueError, "`num_inference_steps` is 0, but must be an `int`"),
         ({"prompt": "a", "num_inference_steps": 1001}, ValueError, "is 1001, but the decoder has 1000 timesteps"),
         ({"prompt": "a", "prior_num_inference_steps": 1.5}, ValueError, "`prior_num_inference_steps` is 1.5"),
@@ -810,6 +1240,21 @@ def test_what_is_missing(pipe):
         no_prior("a")
     with pytest.raises(ValueError, match="have the same embedding: .* do not differ for CLIP"):
         pipe.text_diff(ONE, "a", source_prompt="a")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_prior_without_statistics_is_refused(pipe, value):
+    pipe.prior.clip_std.data[0, 3] = value
+    with pytest.raises(ValueError, match="`prior.clip_std` is not positive everywhere"), no_model_runs(pipe):
+        pipe("a cat")
+
+
+def test_projection_of_texts():
+    embeds, texts = torch.zeros(2, DIM), {"text_embeds": torch.zeros(2, DIM)}
+    with pytest.raises(ValueError, match="`with_text` is False, so .* must not be given"):
+        make_projection()(embeds, **texts)
+    with pytest.raises(ValueError, match="`with_text` is True, so .* must both be given"):
+        make_projection(with_text=True)(embeds, **texts)
 
 
 def test_one_progress_bar_of_each_use(pipe):

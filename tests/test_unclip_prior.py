@@ -41,6 +41,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -184,9 +185,29 @@ def test_recorded_schedule(recorded):
     for scheduler in (ours, default_prior_scheduler()):
         error = (scheduler.alphas_cumprod.double() - numbers["karlo_alphas_cumprod"]).abs().max()
         assert error < 5e-7
+        assert (scheduler.alphas_cumprod - numbers["dalle2_alphas_cumprod"]).abs().max() < 5e-7
     for steps in (2, 7, 10, 25, 50, 64, 100):
         ours.set_timesteps(steps)
         assert ours.timesteps.tolist() == numbers[f"respaced{steps}_timestep_map"].flip(0).tolist()
+
+
+@pytest.mark.parametrize("steps", [2, 7, 10, 25, 50, 64, 100, 1000])
+def test_recorded_steps(steps, recorded, monkeypatch):
+    """What a step takes of the prediction, of the sample and of the noise, is as in both references."""
+    numbers = recorded("g1_schedule")
+    scheduler = fix_stable_unclip_scheduler(UnCLIPScheduler(prediction_type="sample", clip_sample_range=10.0))
+    module = importlib.import_module(type(scheduler).__module__)
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.tensor([[0.0, 0.0, 1.0]]))
+    scheduler.set_timesteps(steps)
+    predicted, sample = torch.eye(3)[:2, None]
+    found = torch.cat([scheduler.step(predicted, t, sample).prev_sample for t in scheduler.timesteps.tolist()])
+    for reference in (f"respaced{steps}",) if steps < 1000 else ("karlo", "dalle2"):
+        names = ("mean_coef1", "mean_coef2", "log_variance_clipped")
+        expected = torch.stack([numbers[f"{reference}_posterior_{name}"].flip(0).double() for name in names], dim=1)
+        expected[:, 2] = (expected[:, 2] / 2).exp()
+        expected[-1, 2] = 0  # the last step has no noise
+        # differences of levels that are close to each other, in single precision
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if steps <= 25 else 3e-4)
 
 
 @pytest.mark.parametrize("cls", [PriorTransformer, UnCLIPPriorTransformer])
@@ -212,6 +233,7 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         super().__init__()
         self.clip_mean = torch.nn.Parameter(torch.zeros(1, 4))
         self.clip_std = torch.nn.Parameter(torch.ones(1, 4))
+        self.prd_embedding = self.positional_embedding = None
         self.calls = []
 
     def forward(self, hidden_states, timestep, proj_embedding, encoder_hidden_states, attention_mask):
@@ -255,8 +277,6 @@ def test_karlo_sampling(kind, steps, scale, limit, recorded, monkeypatch):
     """Every step of Karlo's loop, with its noise; guidance before clipping; the statistics at the end."""
     g, levels = recorded("g2_karlo_prior_sampling"), recorded("g1_schedule")["karlo_alphas_cumprod"]
     tag = f"n{steps}_w{scale:.0f}_clamp{limit}"
-    if f"{tag}/x_T" not in g:
-        pytest.skip("was not recorded")
     scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=float(limit))
     if kind == "ddpm":
         scheduler = fix_stable_unclip_scheduler(scheduler)
@@ -274,15 +294,41 @@ def test_karlo_sampling(kind, steps, scale, limit, recorded, monkeypatch):
         **UNCONDITIONAL,
     )
     assert pipe.scheduler.timesteps.tolist() == g[f"{tag}/timesteps"].tolist()
-    expected = g[f"{tag}/x_steps"].clone()
-    if kind == "unclip":
-        expected[-1] *= 0.9994723
+    expected = g[f"{tag}/x_steps"]
+    if kind == "unclip":  # which makes the last ones too small
+        torch.testing.assert_close(torch.stack(states), g[f"{tag}/x_steps_diffusers_unclip"], rtol=0, atol=1e-5)
+        expected = torch.cat([expected[:-1], 0.9994723 * expected[-1:]])
     error = (torch.stack(states) - expected).abs().amax(dim=(1, 2))
     assert error.max() < (1e-5 if kind == "ddpm" else 1e-4)
     if kind == "ddpm":
         torch.testing.assert_close(output.image_embeds, g[f"{tag}/image_embeds"], rtol=0, atol=1e-5)
     rows = 3 if scale == 1 else 6
     assert set(pipe.prior.calls) == {(rows, 3)}, "one batch for both branches"
+
+
+def test_all_timesteps_of_unit_embeddings(recorded, monkeypatch):
+    """As DALLE2-pytorch samples: a timestep per step, and `sqrt(d)` times what has unit length."""
+    g, generator = recorded("g2_karlo_prior_sampling"), torch.Generator().manual_seed(0)
+    signal = (torch.linspace(0, 1, 101, dtype=torch.double).add(0.008) / 1.008 * math.pi / 2).cos() ** 2
+    betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    levels = (1 - betas).cumprod(0)
+    scheduler = DDPMScheduler(**(ANCESTRAL | {"num_train_timesteps": 100, "clip_sample": False}))
+    scaled = g | {"A": 2 * g["A"], "b": 2 * g["b"], "S": 4 * g["S"]}
+    pipe = make_gaussian(scaled, scheduler, levels)
+    init_prior(pipe.prior, torch.randn(9, 4, generator=generator), "l2")
+    noises = torch.randn(101, 3, 4, generator=generator)
+    rows, x = iter(noises[1:]), noises[0].double()
+    monkeypatch.setattr(
+        importlib.import_module(type(scheduler).__module__), "randn_tensor", lambda *args, **kwargs: next(rows)
+    )
+    condition = {"prompt_embeds": g["zt"].float(), "num_inference_steps": 100, "latents": noises[0]}
+    embeds = pipe(**condition, **UNCONDITIONAL).image_embeds
+    for t in reversed(range(100)):
+        before = levels[t - 1] if t else torch.tensor(1.0)
+        predicted = pipe.prior(x, t, g["zt"], None, torch.ones(3, 1)).predicted_image_embedding
+        x = (betas[t] * before.sqrt() * predicted + (1 - before) * (1 - betas[t]).sqrt() * x) / (1 - levels[t])
+        x = x + (betas[t] * (1 - before) / (1 - levels[t])).sqrt() * noises[100 - t]
+    torch.testing.assert_close(embeds.double(), x / 2, rtol=0, atol=1e-5)
 
 
 def covariance_errors(pipe, g, steps, count=50_000, **changes):
@@ -352,7 +398,12 @@ def test_ancestral_sampling_loses_what_the_formula_says(recorded):
             "dpmsolver",
         ),
         (DPMSolverMultistepScheduler(**COSINE, use_karras_sigmas=True), "`use_karras_sigmas`=True"),
+        (DPMSolverMultistepScheduler(**COSINE, final_sigmas_type="sigma_min"), "`final_sigmas_type`='sigma_min'"),
+        (DPMSolverMultistepScheduler(**COSINE, lambda_min_clipped=-5.1), "`lambda_min_clipped`=-5.1"),
         (UniPCMultistepScheduler(**COSINE, predict_x0=False), "`predict_x0`=False"),
+        (UniPCMultistepScheduler(**COSINE, solver_type="bh1"), "`solver_type`='bh1'.*'bh2'"),
+        (UniPCMultistepScheduler(**COSINE, lower_order_final=False), "`lower_order_final`=False"),
+        (EulerDiscreteScheduler(**COSINE, interpolation_type="log_linear"), "`interpolation_type`='log_linear'"),
         (UnCLIPScheduler(), "`prediction_type`='epsilon'"),
     ],
     ids=lambda value: type(value).__name__,
@@ -372,8 +423,11 @@ def test_schedulers_that_are_refused(scheduler, message):
         (default_prior_scheduler(), 0, "`num_inference_steps` is 0"),
         (default_prior_scheduler(), 2.5, "`num_inference_steps` is 2.5"),
         (default_prior_scheduler(), 1001, "from 1 to 1000"),
-        (default_prior_scheduler(), 1000, "is 1000, for which DPMSolverMultistepScheduler does not"),
+        (default_prior_scheduler(), 1000, "is 1000, for which DPMSolverMultistepScheduler does not.* divides 1000"),
+        (UniPCMultistepScheduler(**COSINE), 1000, "is 1000, for which UniPCMultistepScheduler does not"),
         (DPMSolverMultistepScheduler(**COSINE, timestep_spacing="trailing"), 61, "is 61, for which"),
+        (DDIMScheduler(**COSINE, timestep_spacing="trailing", clip_sample=False), 300, "is 300, for which DDIM"),
+        (DDIMScheduler(**COSINE, timestep_spacing="trailing", clip_sample=False), 501, "is 501, for which DDIM"),
         (DDPMScheduler(**ANCESTRAL), 1, "from 2 to 1000 with `DDPMScheduler`"),
         (UnCLIPScheduler(prediction_type="sample"), 1, "from 2 to 1000"),
         (EulerDiscreteScheduler(**COSINE), 49, "from 50 to 1000 with `EulerDiscreteScheduler`"),
@@ -384,6 +438,48 @@ def test_steps_that_are_refused(scheduler, steps, message):
     pipe = make(scheduler=scheduler)
     with pytest.raises(ValueError, match=message), no_model_runs(pipe):
         pipe("a", num_inference_steps=steps)
+    with pytest.raises(ValueError, match=message):
+        check_prior_scheduler(scheduler, steps)
+
+
+def test_numbers_of_steps_that_an_error_advises():
+    """What divides 1000 and is smaller; the scheduler that is checked stays as it was."""
+    for cls, changes in (
+        (DDPMScheduler, ANCESTRAL),
+        (DDIMScheduler, COSINE | {"clip_sample": False}),
+        (DPMSolverMultistepScheduler, COSINE),
+        (UniPCMultistepScheduler, COSINE),
+        (EulerDiscreteScheduler, COSINE),
+    ):
+        for spacing in ("linspace", "trailing") if cls is not DDIMScheduler else ("trailing",):
+            scheduler = cls(**(changes | {"timestep_spacing": spacing}))
+            timesteps = scheduler.timesteps.clone()
+            for steps in (50, 100, 125, 200, 250, 500):
+                check_prior_scheduler(scheduler, steps)
+            assert torch.equal(scheduler.timesteps, timesteps) and scheduler.num_inference_steps is None
+    check_prior_scheduler(DDIMScheduler(**COSINE, timestep_spacing="trailing", clip_sample=False), 64)
+
+
+def test_ddim_steps_that_are_refused_would_be_wrong(recorded, monkeypatch):
+    """Steps of `1000 // 501` where `1000 / 501` is meant: samples of another variance, and another mean."""
+    g = recorded("g9_gaussian_truth")
+    scheduler = DDIMScheduler(**COSINE, timestep_spacing="trailing", clip_sample=False)
+    pipe = make_gaussian(g, scheduler, g["alphas_cumprod"])
+    monkeypatch.setattr(unclip_prior, "check_prior_scheduler", lambda *args: None)
+    errors = {}
+    for steps in (500, 501):
+        mean, cov = covariance_errors(pipe, g, steps, count=2000)
+        errors[steps] = (mean - g["m"]).norm().item(), abs(cov.trace() / g["S"].trace() - 1).item()
+    assert errors[500][0] < 0.1 and errors[500][1] < 0.1
+    assert errors[501][0] > 0.2 and errors[501][1] > 0.3
+
+
+def test_the_whole_pipeline_has_the_same_rules():
+    unclip = importlib.import_module("diffusers_ext.pipelines.unclip")
+    for name in ("_SCHEDULERS", "_UNWANTED"):  # what its copy of `check_prior_scheduler` goes by
+        assert getattr(unclip, name) == getattr(unclip_prior, name)
+    with pytest.raises(ValueError, match="is 1000, for which DPMSolverMultistepScheduler does not"):
+        unclip.check_prior_scheduler(default_prior_scheduler(), 1000)
 
 
 def test_questionable_schedulers_are_warned_of(caplog):
@@ -396,14 +492,18 @@ def test_questionable_schedulers_are_warned_of(caplog):
     assert "0.05 % too small" in caplog.text
 
 
-def test_fix_stable_unclip_scheduler():
+def test_fix_stable_unclip_scheduler(caplog):
     published = {"_class_name": "UnCLIPScheduler", "clip_sample_range": 5.0, "prediction_type": "sample"}  # as Karlo's
     wrong = DDPMScheduler.from_config(UnCLIPScheduler.from_config(published).config)
     assert wrong.config.beta_schedule == "linear"
+    caplog.clear()
     for scheduler in (published, UnCLIPScheduler.from_config(published), wrong, wrong.config):
         fixed = fix_stable_unclip_scheduler(scheduler).config
         assert (fixed.beta_schedule, fixed.timestep_spacing) == ("squaredcos_cap_v2", "linspace")
         assert (fixed.variance_type, fixed.clip_sample_range) == ("fixed_small_log", 5.0)
+    assert not caplog.records
+    fix_stable_unclip_scheduler(UnCLIPScheduler(prediction_type="sample"))
+    assert "`clip_sample_range`=1.0" in caplog.text
     with pytest.raises(ValueError, match="`prediction_type`='epsilon'"):
         fix_stable_unclip_scheduler(DDPMScheduler())
 
@@ -413,7 +513,7 @@ def test_fix_stable_unclip_scheduler():
 
 def test_candidates_and_rerank():
     pipe = make()
-    arguments = {"num_inference_steps": 3, "num_candidates": 5, "num_images_per_prompt": 2}
+    arguments = {"num_inference_steps": 3, "num_candidates": 16, "num_images_per_prompt": 2}
     outputs = {
         mode: pipe(PROMPTS, **arguments, rerank=mode, generator=torch.Generator().manual_seed(0))
         for mode in ("cosine", "dot", None)
@@ -421,7 +521,7 @@ def test_candidates_and_rerank():
     texts = pipe.encode_prompt(PROMPTS)[0].repeat_interleave(2, dim=0)
     for mode, output in outputs.items():
         candidates = output.candidates
-        assert candidates.shape == (6, 5, 6) and torch.equal(candidates, outputs[None].candidates)
+        assert candidates.shape == (6, 16, 6) and torch.equal(candidates, outputs[None].candidates)
         torch.testing.assert_close(output.text_embeds, texts)
         dots = torch.einsum("bnd,bd->bn", candidates, texts)
         scores = dots / texts.norm(dim=1)[:, None]
@@ -528,6 +628,48 @@ def test_stock_pipeline_takes_the_prior(tmp_path):
         )
         torch.testing.assert_close(ours.image_embeds, theirs.image_embeds, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.negative_image_embeds, theirs.negative_image_embeds)
+        # the same steps of DDPM, whose last one is right
+        other = UnCLIPPriorPipeline.from_pipe(stock, scheduler=fix_stable_unclip_scheduler(pipe.scheduler))
+        mean, std = pipe.prior.clip_mean, pipe.prior.clip_std
+        exact = other(
+            PROMPTS[:2],
+            guidance_scale=scale,
+            generator=torch.Generator().manual_seed(0),
+            num_candidates=1,
+            **arguments,
+        ).image_embeds
+        torch.testing.assert_close(
+            mean + 0.9994723 * (exact - mean), theirs.image_embeds, rtol=0, atol=2e-5 * std.max()
+        )
+
+    # There a negative prompt takes the empty one's place, and its own embeddings are what the decoder leaves.
+    arguments = {"num_inference_steps": 10, "latents": torch.randn(4, 6), "guidance_scale": 4.0}
+    theirs = stock(PROMPTS[:2], negative_prompt=["grey", ""], generator=torch.Generator().manual_seed(0), **arguments)
+    ours = pipe(
+        [*PROMPTS[:2], "grey", ""],
+        negative_prompt=["grey", ""] * 2,
+        generator=torch.Generator().manual_seed(0),
+        num_candidates=1,
+        **arguments,
+    ).image_embeds
+    torch.testing.assert_close(ours[:2], theirs.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours[2:], theirs.negative_image_embeds, rtol=0, atol=1e-5)
+
+
+def test_a_prior_without_hidden_states_is_causal():
+    """Without a mask `PriorTransformer` would see all tokens from each, which is not what priors are trained with."""
+    prior = make_prior(encoder_hid_proj_type=None, num_embeddings=0, num_layers=2)
+    pipe = UnCLIPPriorPipeline(prior, None, None, default_prior_scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    embeds, noise = torch.randn(2, 6), torch.randn(2, 6)
+    ours = pipe(prompt_embeds=embeds, latents=noise, num_inference_steps=1, num_candidates=1).image_embeds
+    with torch.no_grad():
+        causal, other = (
+            prior.post_process_latents(prior(noise, 999, embeds, None, mask).predicted_image_embedding)
+            for mask in (torch.ones(2, 0, dtype=torch.bool), None)
+        )
+    torch.testing.assert_close(ours, causal)
+    assert (ours - other).abs().max() > 1e-4
 
 
 # -- loading without the package
@@ -666,8 +808,9 @@ def test_slerp_at_its_limits():
     assert half.dtype == torch.float16 and abs(half[0, 0].item() - 0.7071) < 1e-3
     with pytest.raises(ValueError, match="opposite"):
         slerp(a, -a, 0.5)
-    with pytest.raises(ValueError, match="zeros"):
-        slerp(a, 0 * a, 0.5)
+    for end in (0 * a, a / 0, a * math.nan):
+        with pytest.raises(ValueError, match="a row of zeros, or one that is not finite"):
+            slerp(a, end, 0.5)
     with pytest.raises(ValueError, match=r"`a` has shape \(2, 3\) and `b` \(1, 3\)"):
         slerp(a, a[:1], 0.5)
 
@@ -693,12 +836,19 @@ def test_manipulations_of_images_and_texts():
     unit = make(embed_norm="l2").blend([images[0]], [1.0])
     torch.testing.assert_close(unit, embeds[:1] / embeds[:1].norm())
 
+    broken = embeds.clone()
+    broken[1, 2] = math.inf
     for call, message in (
         (lambda: pipe.blend(["a"], [1, 2]), "`items` has 1 entries and `weights` 2"),
         (lambda: pipe.blend([images], [1]), "`items` has an entry of 2 embeddings"),
         (lambda: pipe.interpolate(embeds, embeds[:1]), "`a` has 2 embeddings and `b` 1"),
         (lambda: pipe.interpolate(embeds[:, :5], embeds), r"`a` is \(2, 5\), but .*\(batch, 6\)"),
         (lambda: pipe.interpolate(embeds, embeds, mode="cubic"), "`mode` is 'cubic'"),
+        (lambda: pipe.interpolate(embeds, embeds, [0.5, 1.5]), r"`theta` is \[0.5, 1.5\]"),
+        (lambda: pipe.interpolate(embeds, embeds, math.nan), "`theta` is nan"),
+        (lambda: pipe.interpolate(embeds, embeds, [[0.5]]), r"`theta` is \[\[0.5\]\]"),
+        (lambda: pipe.interpolate(embeds, broken), "`b` is not finite in row 1"),
+        (lambda: pipe.fit_pca(broken), "`image_embeds` is not finite in row 1"),
         (lambda: pipe.text_diff(embeds, "a", "a"), "`target` and `source` have the same embedding"),
         (lambda: pipe.text_diff(embeds, ["a"] * 3), "`target` has 3 entries for 2 images"),
         (lambda: pipe.text_diff(embeds, "a", theta_max=1.5), "`theta_max` is 1.5"),
@@ -898,6 +1048,7 @@ def test_init_prior():
         ((embeds[:1],), "n of at least 2"),
         ((broken,), "not finite in row 7"),
         ((torch.ones(5, 6),), "constant in dimension 0"),
+        ((torch.full((7, 6), 0.1),), "constant in dimension 0"),  # the mean of which is rounded
         ((embeds, "unit"), "`embed_norm` is 'unit'"),
         ((embeds, "standardize", 2.0), "`embed_scale` is 2.0"),
         ((embeds, "l2", 0.0), "`embed_scale` is 0.0"),
@@ -932,6 +1083,13 @@ def test_own_network_has_hidden_states_of_any_width(tmp_path):
 # -- bad input
 
 
+def changed_tokenizer(**changes):
+    tokenizer = byte_tokenizer(16)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -939,12 +1097,29 @@ def test_own_network_has_hidden_states_of_any_width(tmp_path):
         (lambda: {"text_encoder": make_text_encoder(6, 8)}, "hidden states of width 8, .*`encoder_hid_dim`"),
         (lambda: {"image_encoder": make_image_encoder(8)}, "`image_encoder` gives embeddings of width 8"),
         (lambda: {"prior": make_prior(clip_embed_dim=6, num_embeddings=12)}, "reads 12 tokens"),
-        (lambda: {"tokenizer": byte_tokenizer(32)}, "cuts at 32"),
+        (lambda: {"tokenizer": byte_tokenizer(32)}, "`tokenizer` cuts at 32"),
+        (
+            lambda: {"tokenizer": changed_tokenizer(model_max_length=int(1e30))},
+            "cuts at 1000.* set `tokenizer.model_max_length`",
+        ),
+        (lambda: {"tokenizer": changed_tokenizer(model_max_length=None)}, "cuts at None"),
+        (lambda: {"tokenizer": CLIPTokenizer(model_max_length=16)}, "none but special ones"),
+        (lambda: {"tokenizer": changed_tokenizer(padding_side="left")}, "'padding_side': 'left'"),
+        (lambda: {"tokenizer": changed_tokenizer(truncation_side="left")}, "'truncation_side': 'left'"),
+        (lambda: {"tokenizer": changed_tokenizer(pad_token=None)}, "`pad_token` None"),
+        (lambda: {"tokenizer": changed_tokenizer(eos_token=None)}, "ends texts with the id None"),
+        (
+            lambda: {
+                "tokenizer": changed_tokenizer(eos_token="a"),
+                "text_encoder": make_text_encoder(eos_token_id=64),
+            },
+            r"the empty one is \[512, 513\].* looks for the first 64",
+        ),
         (
             lambda: {"text_encoder": make_text_encoder(eos_token_id=49407)},
-            "id 513, but `text_encoder` looks for 49407",
+            r"id 513 .*, but `text_encoder` looks for the first 49407",
         ),
-        (lambda: {"text_encoder": make_text_encoder(vocab_size=400)}, "514 tokens, but `text_encoder` knows 400"),
+        (lambda: {"text_encoder": make_text_encoder(vocab_size=400)}, "ids up to 513, but `text_encoder` knows 400"),
         (lambda: {"embed_norm": "none"}, "`embed_norm` is 'none'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "parts",
@@ -972,11 +1147,13 @@ def test_the_wrong_end_of_text_would_make_all_texts_the_same():
 
 def test_a_long_prompt_is_cut_and_said(caplog):
     pipe = make()
-    embeds, _, mask = pipe.encode_prompt(["short", "a prompt that is much too long"])
+    prompt = "a prompt that is much too long"
+    embeds, _, mask = pipe.encode_prompt(["short", prompt])
     assert caplog.text.count("This was left out") == 1
     assert "has 26 tokens, and CLIP reads 16" in caplog.text and "'uch too long'" in caplog.text
     assert mask[1].all() and mask[0].sum() == 7
-    torch.testing.assert_close(embeds[1:], pipe.encode_prompt("a prompt that is m")[0])
+    read = [*pipe.tokenizer(prompt, verbose=False).input_ids[:15], pipe.tokenizer.eos_token_id]
+    torch.testing.assert_close(embeds[1:], pipe.text_encoder(torch.tensor([read])).text_embeds)
 
 
 def test_special_tokens_in_a_prompt_are_text():
@@ -985,6 +1162,20 @@ def test_special_tokens_in_a_prompt_are_text():
     assert not torch.allclose(*(pipe.encode_prompt(text)[0] for text in ("a<|", "b<|")))
     assert pipe.encode_prompt("a<|endo")[2].sum() == 9
     assert first.shape == second.shape
+
+
+def test_characters_that_end_a_text_are_refused():
+    """A small vocabulary may give the end of text for what it lacks, where CLIP would stop reading."""
+    vocab = {symbol: i for i, symbol in enumerate(["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"])}
+    pipe = make(
+        tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16),
+        text_encoder=make_text_encoder(vocab_size=6, bos_token_id=4, eos_token_id=5, pad_token_id=5),
+    )
+    first, second = pipe.encode_prompt(["a b", "a a"])[0]
+    assert not torch.allclose(first, second)
+    for method in (pipe.encode_prompt, pipe):
+        with pytest.raises(ValueError, match="`prompt` has 'a zb', .* after 'a'"), no_model_runs(pipe):
+            method(["b", "a zb"])
 
 
 @pytest.mark.parametrize(
@@ -998,6 +1189,11 @@ def test_special_tokens_in_a_prompt_are_text():
         ({"prompt_embeds": torch.zeros(2, 6)}, ValueError, "both given"),
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 5)}, ValueError, r"`prompt_embeds` is of shape \(2, 5\)"),
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 6)}, ValueError, "`prompt_hidden_states` is missing"),
+        ({"prompt": None, "prompt_embeds": [[0.0] * 6]}, ValueError, "`prompt_embeds` is a list"),
+        ({"prompt": None, "prompt_embeds": torch.full((2, 6), math.nan)}, ValueError, "`prompt_embeds` is not finite"),
+        ({"prompt_hidden_states": torch.zeros(2, 16, 6)}, ValueError, "go with `prompt_embeds`, which is missing"),
+        ({"negative_prompt_mask": torch.zeros(1, 16)}, ValueError, "go with `negative_prompt_embeds`"),
+        ({"latents": torch.full((4, 6), math.inf)}, ValueError, "`latents` .* finite"),
         ({"num_candidates": 0}, ValueError, "`num_candidates` is 0"),
         ({"num_images_per_prompt": 1.5}, ValueError, "`num_images_per_prompt` is 1.5"),
         ({"guidance_scale": math.nan}, ValueError, "`guidance_scale` is nan"),
