@@ -15,6 +15,7 @@ from diffusers_ext.exit_status import exit_status
 # command -> its module in diffusers_ext, what it does
 _COMMANDS = {
     "demo": ("demo", "train PDAE on real digits, publish it to a folder, load it again and measure it"),
+    "demo-unclip": ("demo_unclip", "train CLIP, prior and decoder on real digits, paint texts and edit a digit"),
     "evaluate": ("evaluation.cli", "measure a saved pipeline on a data set: metrics.json, a table, pictures"),
     "card": ("card", "write the model card of a saved pipeline anew"),
     "convert": (None, "turn a checkpoint that a method's authors published into a diffusers folder"),

@@ -94,10 +94,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         # 1. Train
         for part, wanted in ((base, recipe), (pdae, recipe), (classifier, classifier_recipe)):
-            _check_recipe(part, wanted)
-        if not _is_finished(base) and _is_finished(pdae):
+            check_recipe(part, wanted)
+        if not is_finished(base) and is_finished(pdae):
             raise ValueError(f"{pdae} was trained on a model that {base} no longer holds: delete {pdae}.")
-        if _is_finished(base):
+        if is_finished(base):
             print(f"Using the diffusion model (DDPM) in {base}")
         else:
             print(f"Training a diffusion model (DDPM): {steps} steps")
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
                     **recipe,
                 )
             )
-        if _is_finished(pdae):
+        if is_finished(pdae):
             print(f"Using PDAE in {pdae}")
         else:
             print(f"Training PDAE on it, which stays frozen: {steps} steps")
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
                     **recipe,
                 )
             )
-        if _is_finished(classifier):
+        if is_finished(classifier):
             print(f"Using the classifier in {classifier}")
         else:
             print(f"Training a classifier of noisy digits: {steps // 3} steps")
@@ -209,14 +209,29 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{time.monotonic() - started:.0f} s. Pictures and numbers are in {folder}, the pipeline in {pdae}.")
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether `folder` holds the pipeline, or the model, of a finished training."""
+def is_finished(folder: Path) -> bool:
+    """Whether a training is over.
+
+    Args:
+        folder (`Path`): Its `output_dir`, which need not exist.
+
+    Returns:
+        `bool`: Whether it holds the pipeline, or the model, of a finished training.
+    """
     saved = (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
     return saved and (folder / "training_metrics.json").is_file()
 
 
-def _check_recipe(folder: Path, recipe: dict) -> None:
-    """Refuse what another recipe has left in `folder`: of another seed, it may have seen the held-out images."""
+def check_recipe(folder: Path, recipe: dict) -> None:
+    """Refuses what another recipe has left: of another seed, it may have seen the held-out images.
+
+    Args:
+        folder (`Path`): The `output_dir` of a training, which need not exist.
+        recipe (`dict`): Some of its arguments, as they are wanted.
+
+    Raises:
+        ValueError: The folder is of a training with other arguments.
+    """
     if not (folder / "training_arguments.json").is_file():
         return
     trained = json.loads((folder / "training_arguments.json").read_text())

@@ -1,4 +1,4 @@
-"""The demo, as a user runs it: twice, with a claim about what it shows."""
+"""The demos, as a user runs them: twice, with a claim about what they show."""
 
 import json
 import subprocess
@@ -44,3 +44,39 @@ def test_fast_demo_and_its_second_run(tmp_path):
     # Another seed would hold out images that these models were trained on.
     third = subprocess.run([*command, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True)
     assert third.returncode == 2 and "was trained with {'seed': 0}" in third.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_fast_demo_of_unclip_and_its_second_run(tmp_path):
+    command = [sys.executable, "-m", "diffusers_ext.cli", "demo-unclip", "--fast"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-4000:]
+    assert "UnCLIPTextToImagePipeline paints the same image" in first.stdout
+
+    folder = tmp_path / "demo-unclip-fast"
+    metrics = {
+        part: json.loads((folder / part / "training_metrics.json").read_text())["metrics"]
+        for part in ("clip", "prior", "decoder")
+    }
+    # An eighth of the demo's steps: CLIP knows colors, the prior is better than the text in an image's place, and the
+    # decoder has begun.
+    assert metrics["clip"]["validation_color_accuracy"] > 0.9
+    assert metrics["prior"]["validation_frechet"] < 0.7 * metrics["prior"]["validation_frechet_text"]
+    assert metrics["decoder"]["validation_loss"] < 0.5
+    for name in ("unclip.png", "unclip_edits.png"):
+        with Image.open(folder / name) as image:
+            assert image.width > 8 * 64
+
+    weights = [folder / part / "diffusion_pytorch_model.safetensors" for part in ("prior/prior", "decoder/decoder")]
+    written = [file.stat().st_mtime_ns for file in weights]
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-4000:]
+    assert all(f"Using the {part} in" in second.stdout for part in metrics) and "Training" not in second.stdout
+    assert written == [file.stat().st_mtime_ns for file in weights]
+
+    third = subprocess.run([*command, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert third.returncode == 2 and "was trained with {'seed': 0}" in third.stderr
+    (folder / "clip" / "config.json").unlink()
+    fourth = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert fourth.returncode == 2 and "was trained on a CLIP that" in fourth.stderr

@@ -7,21 +7,46 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import DDPMScheduler
+import torch
+from diffusers import DDPMScheduler, PriorTransformer, UNet2DConditionModel
 from PIL import Image
-from transformers import HfArgumentParser
+from transformers import CLIPModel, HfArgumentParser
 
-from diffusers_ext import NoisyClassifier, PDAEEncoder, PDAEGradientEstimator, PDAEPipeline
+from diffusers_ext import (
+    NoisyClassifier,
+    PDAEEncoder,
+    PDAEGradientEstimator,
+    PDAEPipeline,
+    UnCLIPDecoderScheduler,
+    UnCLIPImageProjection,
+    UnCLIPPriorPipeline,
+    UnCLIPTextToImagePipeline,
+)
+from diffusers_ext.pipelines.unclip_prior import default_prior_scheduler, init_prior
+from diffusers_ext.training.precompute_clip_embeddings import PrecomputeArguments, load_clip
 from diffusers_ext.training.train_noisy_classifier import NoisyClassifierArguments
 from diffusers_ext.training.train_pdae import PDAEArguments
+from diffusers_ext.training.train_toy_clip import (
+    ToyCLIP,
+    ToyCLIPArguments,
+    byte_tokenizer,
+    default_clip_config,
+    render_digits,
+)
+from diffusers_ext.training.train_unclip_decoder import UnCLIPDecoderArguments, default_decoder_config
+from diffusers_ext.training.train_unclip_prior import UnCLIPPriorArguments
 from diffusers_ext.training.train_unconditional import UnconditionalArguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 ARGUMENTS = {
+    "precompute_clip_embeddings": PrecomputeArguments,
     "train_noisy_classifier": NoisyClassifierArguments,
     "train_pdae": PDAEArguments,
+    "train_toy_clip": ToyCLIPArguments,
+    "train_unclip_decoder": UnCLIPDecoderArguments,
+    "train_unclip_prior": UnCLIPPriorArguments,
     "train_unconditional": UnconditionalArguments,
 }
 
@@ -49,8 +74,32 @@ def demo(tiny_ddpm, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def demo_unclip(tmp_path, monkeypatch):
+    """What the demo of unCLIP leaves behind, with untrained networks, in the working directory."""
+    folder = tmp_path / "demo-unclip"
+    render_digits(folder / "images", 1, "validation")
+    tokenizer = byte_tokenizer()
+    ToyCLIP(CLIPModel(default_clip_config(tokenizer)), tokenizer).save_pretrained(folder / "clip")
+    text_encoder, tokenizer, image_encoder = load_clip(folder / "clip")
+    prior = PriorTransformer(1, 32, 1, embedding_dim=64, num_embeddings=tokenizer.model_max_length)
+    init_prior(prior, torch.randn(100, 64))
+    clip = {"text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
+    UnCLIPPriorPipeline(prior, scheduler=default_prior_scheduler(), **clip).save_pretrained(folder / "prior")
+    UnCLIPTextToImagePipeline(
+        prior,
+        prior_scheduler=default_prior_scheduler(),
+        decoder=UNet2DConditionModel(**default_decoder_config(16), sample_size=16),
+        decoder_projection=UnCLIPImageProjection(4, 64, time_embed_dim=256, cross_attention_dim=64),
+        decoder_scheduler=UnCLIPDecoderScheduler(),
+        **clip,
+    ).save_pretrained(folder / "unclip")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
 @pytest.mark.parametrize("example", blocks(README, "py"), ids=range(len(blocks(README, "py"))))
-def test_readme_examples_run(example, demo, capsys):
+def test_readme_examples_run(example, demo, demo_unclip, capsys):
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     for comment, name in re.findall(r"^(\w+) = .*# shape (\(.*?\))", example, flags=re.MULTILINE):
@@ -87,14 +136,16 @@ def test_readme_and_docstring_commands_parse(tmp_path, monkeypatch):
         words = shlex.split(line, comments=True)
         if not words or "..." in words:
             continue
-        script = next((i for i, word in enumerate(words) if re.search(r"training[./]train_\w+(\.py)?$", word)), None)
+        script = next(
+            (i for i, word in enumerate(words) if re.search(r"training[./](train|precompute)_\w+(\.py)?$", word)), None
+        )
         if script is None:
             assert words[0] in ("make", "pip", "diffusers-ext"), line
             continue
         name = Path(words[script].replace(".py", "").replace(".", "/")).name
         HfArgumentParser(ARGUMENTS[name]).parse_args_into_dataclasses(words[script + 1 :])
         parsed += 1
-    assert parsed >= 5
+    assert parsed >= 12
 
 
 def test_make_targets_of_the_readme_exist():
