@@ -398,6 +398,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--train_steps is {args.train_steps}, but must be 0 or at least 20: the first tenth warms up")
     if not args.output.resolve().parent.is_dir():
         parser.error(f"--output is {args.output}, but its folder does not exist: make it first")
+    if args.output.exists():
+        header = args.output.read_bytes().split(b"\n")[0] if args.output.is_file() else b""
+        if header.strip() != ",".join(COLUMNS).encode():
+            parser.error(f"--output is {args.output}, which is no table of this benchmark: give another name")
     torch.set_num_threads(1)
     command = shlex.join(
         ["python", "benchmarks/prior_gaussian.py", *(sys.argv[1:] if arguments is None else arguments)]

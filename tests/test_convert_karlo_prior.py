@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, PriorTransformer
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -290,6 +291,8 @@ def test_examples_in_docstrings(files):
         ({"positional_embedding": torch.zeros(10, 64)}, "has not 3 dimensions"),
         ({"positional_embedding": torch.zeros(1, 4, 64)}, "has 4 positions"),
         ({"clip_img_proj.weight": torch.zeros(128, 24)}, "and [0-9]+ more"),  # another width
+        ({"out_proj.weight": torch.full((24, 64), torch.nan)}, "`out_proj.weight` is not finite"),
+        ({"out_proj.bias": torch.zeros(24, dtype=torch.int8)}, "`out_proj.bias` is of torch.int8"),
     ],
 )
 def test_weights_that_are_refused(change, message):
@@ -338,9 +341,12 @@ DALLE2 = ("noise_scheduler.betas", "net.learned_query", "net.null_text_encodings
 @pytest.mark.parametrize("prefix", ["net.", ""])
 def test_another_architecture_is_refused_by_name(prefix, files):
     weights = {name.removeprefix("net.") if not prefix else name: torch.zeros(2) for name in DALLE2}
+    # Its trainer saves the version as an object, which is not loaded; others save the weights alone.
+    torch.save({"optimizer": {}, "model": weights, "version": Version("1.15.6"), "step": 7}, "trainer.pth")
     torch.save({"model": weights, "version": "1.15.6", "step": 7}, "latest.pth")
-    with pytest.raises(ValueError, match="DALLE2-pytorch's prior, which cannot be converted.*rotary.*SwiGLU.*null"):
-        convert("latest.pth", "out", "--stats", "stats.th")
+    for name in ("trainer.pth", "latest.pth"):
+        with pytest.raises(ValueError, match="of DALLE2-pytorch's prior, which cannot be .*rotary.*SwiGLU.*null"):
+            convert(name, "out", "--stats", "stats.th")
     assert not Path("out").exists()
 
 
@@ -356,6 +362,10 @@ class _Code:
         (("prior.ckpt", "stats.th"), "`stats.th` exists and is not an empty folder"),
         (("code.ckpt", "out"), "would run code"),
         (("text.txt", "out"), "cannot be read as a checkpoint"),
+        (("half.ckpt", "out"), "`half.ckpt` cannot be read as a checkpoint"),
+        (("bits.ckpt", "out"), "`bits.ckpt` cannot be read as a checkpoint"),
+        (("half.safetensors", "out"), "`half.safetensors` cannot be read as a checkpoint"),
+        (("numbers.ckpt", "out"), "`numbers.ckpt` holds no weights by their names"),
         (("stats.th", "out"), "`stats.th` holds no weights by their names"),
         (("prior.ckpt", "out", "--stats", "prior.ckpt"), "`prior.ckpt` is no pair of tensors"),
         (("prior.ckpt", "out", "--stats", "three.th"), "`three.th` is no pair of tensors"),
@@ -364,14 +374,24 @@ class _Code:
             ("prior.ckpt", "out", "--clip", "wide"),
             "`wide` is not the CLIP of this prior.* width 32, but `prior` takes",
         ),
-        (("prior.ckpt", "out", "--clip", "long"), "`long` is not the CLIP of this prior.* cuts at 9"),
+        (("prior.ckpt", "out", "--clip", "long"), "`long` is not the CLIP of this prior.* 9"),
         (("prior.ckpt", "out", "--clip", "unprojected"), r"`unprojected` lacks \['text_projection.weight'\]"),
+        (("prior.ckpt", "out", "--clip", "damaged"), "the weights in `damaged` cannot be read"),
     ],
 )
 def test_input_that_is_refused(files, words, message, capsys):
     torch.save(_Code(), "code.ckpt")
     torch.save((*statistics(), torch.zeros(1)), "three.th")
     Path("text.txt").write_text("no checkpoint")
+    torch.save({1: torch.zeros(2)}, "numbers.ckpt")
+    whole = Path("prior.ckpt").read_bytes()
+    Path("half.ckpt").write_bytes(whole[: len(whole) // 2])
+    # of other lengths than they say, which the unpickler meets with any error
+    Path("bits.ckpt").write_bytes(whole.replace(b"state_dict", b"\xff\xfe\xfd\xfc_dict", 1))
+    save_file(drawn(), "half.safetensors")
+    Path("half.safetensors").write_bytes(Path("half.safetensors").read_bytes()[:5000])
+    save_clip("damaged")
+    Path("damaged/model.safetensors").write_bytes(Path("damaged/model.safetensors").read_bytes()[:500])
     Path("full").mkdir()
     Path("full/mine").write_text("keep")
     save_clip("wide", width=32)

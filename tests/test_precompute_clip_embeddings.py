@@ -8,6 +8,7 @@ import doctest
 import json
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -202,7 +203,30 @@ def test_a_pipeline_folder_and_a_data_set_serve_too(clip, images, embeddings, tm
     assert other["meta"]["clip"]["sha256"] == whole["meta"]["clip"]["sha256"]
     for name in ("image_embeds", "text_embeds", "input_ids"):
         torch.testing.assert_close(other[name], whole[name])
-    assert "labels" not in other
+    assert "labels" not in other and other["meta"]["source"]["dataset_name"] is None
+
+    # the same captions for other pictures of the same size in bytes
+    others = captioned_images(tmp_path / "others", seed=1)
+    table["picture"] = [str(Path(others) / row["file_name"]) for row in rows]
+    assert Path(table["picture"][0]).stat().st_size == (Path(images) / rows[0]["file_name"]).stat().st_size
+    datasets.Dataset.from_dict(table).cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "second")
+    options["dataset_name"] = str(tmp_path / "second")
+    with pytest.raises(ValueError, match="holds embeddings with another `source`"):
+        main(arguments(clip, None, tmp_path / "other", **options, image_column="picture", caption_column="caption"))
+
+
+def test_halves_may_be_configured_with_another_size(clip, tmp_path):
+    """As in some published CLIPs, and in `CLIPConfig(projection_dim=...)`: the size of the whole holds."""
+    halves = Path(tiny_clip(tmp_path / "halves"))
+    config = json.loads((halves / "config.json").read_text())
+    for half in ("text_config", "vision_config"):
+        config[half]["projection_dim"] = 512
+    (halves / "config.json").write_text(json.dumps(config))
+    text_encoder, _, image_encoder = load_clip(halves)
+    assert text_encoder.config.projection_dim == image_encoder.config.projection_dim == 16
+    assert [model_sha256(model) for model in (text_encoder, image_encoder)] == [
+        model_sha256(model) for model in load_clip(clip)[::2]
+    ]
 
 
 def test_long_captions_are_cut_with_a_warning(clip, tmp_path, caplog):
@@ -312,11 +336,13 @@ def test_nothing_is_mixed(clip, images, embeddings, tmp_path):
     other = tiny_clip(tmp_path / "other", seed=1)
     shorter = tiny_clip(tmp_path / "shorter")
     byte_tokenizer(model_max_length=15).save_pretrained(shorter)
-    others = captioned_images(tmp_path / "others", seed=1, text=["a thing"] * 10)
+    others = captioned_images(tmp_path / "others", text=["a thing"] * 10)
+    repainted = captioned_images(tmp_path / "repainted", seed=1)  # the same names, captions and sizes in bytes
     for args, name in (
         (arguments(other, images, embeddings), "clip"),
         (arguments(shorter, images, embeddings), "tokenizer"),
         (arguments(clip, others, embeddings), "source"),
+        (arguments(clip, repainted, embeddings), "source"),
         (arguments(clip, images, embeddings, embeddings_dtype="float16"), "embeddings_dtype"),
         (arguments(clip, images, embeddings, shard_size=5), "shard_size"),
     ):
@@ -372,6 +398,10 @@ def test_clips_that_do_not_do(clip, images, tmp_path):
     (Path(clip) / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
     with pytest.raises(ValueError, match=r"normalizes images with mean and deviation \[\[0.5, 0.5, 0.5\]"):
         load_clip(clip)
+    with pytest.raises(
+        ValueError, match=r"there is no CLIP in `.*nowhere`: give the Hub id or the folder of one as `pr"
+    ):
+        load_clip(tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
 
@@ -397,6 +427,17 @@ def test_images_and_arguments_that_do_not_do(clip, images, tmp_path):
     (tmp_path / "embeddings.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
         load_embeddings(tmp_path)
+
+
+def test_a_mistake_is_one_line(clip, images, tmp_path, monkeypatch, capsys):
+    (Path(images) / "metadata.jsonl").unlink()
+    script = str(ROOT / "training" / "precompute_clip_embeddings.py")
+    flags = ["--pretrained_clip_model_name_or_path", clip, "--train_data_dir", images, "--output_dir", "out"]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the images have no captions: name their column")
 
 
 def test_command(clip, images, embeddings, tmp_path):

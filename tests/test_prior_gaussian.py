@@ -317,3 +317,13 @@ def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path, cap
     with pytest.raises(SystemExit):
         bench.main(["--output", str(tmp_path / "table.csv"), *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_table_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(bench, "measure", None)
+    (tmp_path / "other.csv").write_text("seed,figure\n0,1\n")
+    for path in (tmp_path, tmp_path / "other.csv"):
+        with pytest.raises(SystemExit):
+            bench.main(["--output", str(path)])
+        assert "which is no table of this benchmark" in capsys.readouterr().err
+    assert (tmp_path / "other.csv").read_text() == "seed,figure\n0,1\n"

@@ -186,10 +186,13 @@ def test_rendering_overwrites_nothing(images, tmp_path):
     assert render_digits(tmp_path, 4) == folder  # the same once more
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     for changes in ({"num_images": 5}, {"num_images": 4, "seed": 1}):
-        with pytest.raises(ValueError, match="with other images: choose another, or move it away"):
+        with pytest.raises(ValueError, match="with other images, or not all of them: choose another, or move it away"):
             render_digits(tmp_path, **changes)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["train"], "a temporary folder is left"
+    (folder / "00002.png").unlink()
+    with pytest.raises(ValueError, match="or not all of them"):
+        render_digits(tmp_path, 4)
     for changes in ({"num_images": 0}, {"num_images": 4, "seed": -1}):
         with pytest.raises(ValueError, match="must be at least"):
             render_digits(tmp_path / "bad", **changes)
@@ -357,7 +360,16 @@ def test_a_run_learns_and_leaves_a_clip(images, tmp_path):
     for one, other in zip((whole.text_embeds, whole.image_embeds), halves, strict=True):
         torch.testing.assert_close(one, torch.nn.functional.normalize(other, dim=-1))
 
+    # The example of the card: two captions, of which one has the wrong color.
     card = (tmp_path / "clip" / "README.md").read_text()
+    example = card.split("```py\n")[1].split("```")[0].replace('from_pretrained("clip")', "from_pretrained(folder)")
+    picture = images / "train" / "00000.png"  # a small blue two
+    found = {"folder": args.output_dir}
+    exec(example.replace('"digit.png"', repr(str(picture))), found)
+    assert found["probabilities"].shape == (1, 2) and found["probabilities"][0, 1] > 0.5
+    pixels = preprocess(CaptionedDigits(1)[0]["images"])[None]
+    processed = found["processor"](Image.open(picture), return_tensors="pt").pixel_values
+    torch.testing.assert_close(processed, pixels, rtol=0, atol=1e-5)
     assert f"zero-shot accuracy, color | {values['color_accuracy']:.5g}" in card
     assert "| optimizer steps | 200, the first 120 on single attributes |" in card and "None" not in card
 
@@ -400,7 +412,15 @@ def test_command_line_and_hub(config_folder, tmp_path):
         done = subprocess.run(script, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
         files = hub.files("alice/clip")
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= set(files)
+        wrong = subprocess.run(
+            [*script, "--warm_start_steps", "-1"], env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300
+        )
+        assert wrong.returncode == 2 and "error: `warm_start_steps` is -1" in wrong.stderr
+        assert "Traceback" not in wrong.stderr
+    assert {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"),
+        "README.md",
+    } <= set(files)
     assert not [name for name in files if name.endswith(".png")]
     assert [len(rows_of(tmp_path / "images" / split)) for split in ("train", "validation")] == [4, 3]
     card = files["README.md"].decode()

@@ -7,6 +7,7 @@ import doctest
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_cosine_alone_would_choose_the_wrong_one():
     pairs = (image[3000:], text[3000:], image[:3000], text[:3000])
     perfect = embedding_metrics(torch.stack([again, other], 1)[3000:], *pairs)
     assert perfect["cos_true"] < perfect["cos_true_linear"]  # the mean is nearer to the truth
-    assert perfect["frechet"] < 2 * perfect["frechet_true"] < 0.02 < perfect["frechet_linear"]
+    assert perfect["frechet"] < perfect["frechet_true"] < 0.01 < 0.02 < perfect["frechet_linear"]
     assert perfect["cos_text"] == pytest.approx(perfect["cos_text_true"], abs=0.01)
     assert abs(perfect["cos_shuffled"]) < 0.02 and perfect["norm_ratio"] == pytest.approx(1, abs=0.02)
     assert perfect["best_of_2_cos_text_gain"] > 0.05 and perfect["best_of_2_cos_true_gain"] > 0.03
@@ -207,6 +208,12 @@ def test_what_metrics_refuse():
         (lambda: embedding_metrics(x, x, x, x, x), r"`candidates` has shape \(4, 3\), but must be \(num_pairs"),
         (lambda: embedding_metrics(x[:, None], x[:3], x, x, x), "have 4, 3 and 4 rows"),
         (lambda: embedding_metrics(nan[:, None], x, x, x, x), "holds values that are not finite"),
+        (lambda: embedding_metrics(x[:, None], x, x, x, x, labels=x[:, 0].long()), "`class_embeds` and `labels` one"),
+        (
+            lambda: embedding_metrics(x[:, None], x, x, x, x, labels=torch.zeros(3).long(), class_embeds=x),
+            "`labels` has 3 rows, but there are 4 pairs",
+        ),
+        (lambda: embedding_metrics(x[:, None], x, x, x, x, captions=x[:2]), "`captions` has 2 rows, but there are 4"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -297,6 +304,28 @@ def test_accumulation_precision_and_workers(changes, folder, tmp_path):
     assert {value.dtype for value in weights(tmp_path / "changed").values()} == {torch.float32}
 
 
+def test_mixed_precision_computes_the_loss_in_float32(folder, tmp_path, monkeypatch):
+    seen = []
+    optimize = TrainingRun.optimize
+
+    def spy(self, loss, *, per_sample_loss, **options):
+        seen.append((loss.dtype, per_sample_loss.dtype))
+        return optimize(self, loss, per_sample_loss=per_sample_loss, **options)
+
+    def linear(*args):
+        result = original(*args)
+        seen.append(result.dtype)
+        return result
+
+    original = torch.nn.functional.linear
+    monkeypatch.setattr(TrainingRun, "optimize", spy)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    main(arguments(folder, tmp_path / "out", mixed_precision="bf16", max_train_steps=1))
+    assert seen.count((torch.float32, torch.float32)) == 1
+    step = seen[: seen.index((torch.float32, torch.float32))]
+    assert step.count(torch.bfloat16) > 10 and torch.float32 in step  # the network; the empty caption before the loop
+
+
 def test_it_learns_what_captions_say(folder, tmp_path):
     """With the caption the prediction is better than without, and better than at the start."""
     options = {"train_batch_size": 32, "text_drop_prob": 0.1, "validation_fraction": 10, "num_inference_steps": 10}
@@ -340,6 +369,21 @@ def test_validation_numbers_are_those_of_the_saved_prior(folder, tmp_path):
     accuracy = numbers["zero_shot_accuracy_text"]
     assert 5 < named < 20 and accuracy == pytest.approx(round(accuracy * named) / named)
     assert accuracy == 1  # "a red" is the prompt itself
+
+
+def test_names_of_classes_are_words(folder, base):
+    """With `_` for a space, in captions as in prompts; other braces in a prompt are left as they are."""
+    pipe = UnCLIPPriorPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    pairs = {k: v for k, v in load_embeddings(folder / "embeddings").items() if k != "meta"}
+    names = ["a_blue", "a_green", "a_red"]
+    values = evaluate(pipe, pairs, pairs, class_names=names, zero_shot_template="{}", num_inference_steps=1)
+    assert values["zero_shot_accuracy_text"] == 1  # the caption is the prompt, and others are not counted
+    prompts = []
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda prompt: prompts.append(prompt) or encode(prompt)
+    evaluate(pipe, pairs, pairs, class_names=names, zero_shot_template="{} {x}", num_inference_steps=1)
+    assert prompts == ["", ["a blue {x}", "a green {x}", "a red {x}"]]
 
 
 def test_the_loss_of_validations_is_the_mean_over_timesteps(folder, base):
@@ -430,6 +474,10 @@ def test_the_average_keeps_the_statistics(folder, tmp_path):
 
 WORKER = """
 import sys, torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed import fsdp
 from diffusers_ext.training import train_unclip_prior as script
 torch.set_num_threads(1)
 runs = []
@@ -442,20 +490,42 @@ folder, base, rank, out = sys.argv[1:]
 tiny = dict(prior_config_name_or_path=f"{folder}/config")
 if int(rank):
     tiny = dict(pretrained_model_name_or_path=base, lora_rank=int(rank))
-script.main(script.UnCLIPPriorArguments(
-    embeddings_dir=f"{folder}/embeddings", output_dir=out, train_batch_size=2, max_train_steps=3, learning_rate=1e-3,
-    validation_steps=3, checkpointing_steps=0, num_inference_steps=2, report_to="none", use_ema=True, **tiny,
-))
+def train(out):
+    script.main(script.UnCLIPPriorArguments(
+        embeddings_dir=f"{folder}/embeddings", output_dir=out, train_batch_size=2, max_train_steps=3,
+        learning_rate=1e-3, validation_steps=3, checkpointing_steps=0, num_inference_steps=2, report_to="none",
+        use_ema=True, **tiny,
+    ))
+end = Accelerator.end_training
+Accelerator.end_training = lambda self: None  # a second run follows
+train(out)
 (run,) = runs
 assert run.accelerator.num_processes == 2
 state = run.models["prior"].state_dict() | {f"ema.{i}": v for i, v in enumerate(run.ema.shadow_params)}
 torch.save(state, f"{out}-{run.accelerator.process_index}.pt")
+
+# FSDP, which accelerate turns on for GPUs only: here its state is set by hand, the rest is the real thing
+def initialize(self, *args, **kwargs):
+    PartialState._shared_state["distributed_type"] = kind
+    original(self, *args, **kwargs)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+if hasattr(fsdp, "CPUOffloadPolicy"):  # version 2, from torch 2.6 on
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False
+    )
+    original, kind = Accelerator.__init__, PartialState._shared_state["distributed_type"]
+    Accelerator.__init__ = initialize
+    train(out + "-sharded")
+    assert hasattr(next(runs[-1].model.parameters()), "full_tensor")
+end(runs[-1].accelerator)
 """
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_two_processes(lora_rank, folder, base, tmp_path):
-    """Two gloo processes end with the same weights, those of one process with the same images per step."""
+    """Two gloo processes end with the same weights, those of one process with the same images per step; FSDP too."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -470,16 +540,18 @@ def test_two_processes(lora_rank, folder, base, tmp_path):
     states = [torch.load(f"{tmp_path / 'two'}-{rank}.pt") for rank in range(2)]
     assert_equal(*states)
     options = {"pretrained_model_name_or_path": base, "lora_rank": lora_rank} if lora_rank else {}
-    main(arguments(folder, tmp_path / "one", max_train_steps=3, use_ema=True, **options))
-    if lora_rank:
-        ours, theirs = (safetensors.torch.load_file(tmp_path / name / LORA) for name in ("one", "two"))
-    else:
-        ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-5)
-    assert saved_numbers(tmp_path / "two")["train_loss"] == pytest.approx(
-        saved_numbers(tmp_path / "one")["train_loss"], rel=1e-4
-    )
+    options |= {"max_train_steps": 3, "use_ema": True, "validation_steps": 3, "num_inference_steps": 2}
+    main(arguments(folder, tmp_path / "one", **options))
+    numbers = saved_numbers(tmp_path / "one")
+    for other in filter(Path.is_dir, (tmp_path / "two", tmp_path / "two-sharded")):
+        if lora_rank:
+            ours, theirs = (safetensors.torch.load_file(path / LORA) for path in (tmp_path / "one", other))
+        else:
+            ours, theirs = weights(tmp_path / "one"), weights(other)
+        for name, value in ours.items():
+            torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=2e-5)
+        for name in ("train_loss", "validation_loss"):
+            assert saved_numbers(other)[name] == pytest.approx(numbers[name], rel=1e-4)
 
 
 # --- Other priors, adapters
@@ -502,7 +574,12 @@ def test_fine_tuning_starts_from_the_pretrained_prior(folder, base, tmp_path):
 LORA = "pytorch_lora_weights.safetensors"
 
 
-def test_lora_trains_and_saves_the_adapter_alone(folder, base, tmp_path):
+def test_lora_trains_and_saves_the_adapter_alone(folder, base, tmp_path, monkeypatch):
+    trained = []
+    finish = TrainingRun.finish
+    monkeypatch.setattr(
+        TrainingRun, "finish", lambda self, *args, **options: trained.append(self) or finish(self, *args, **options)
+    )
     before = {path: path.read_bytes() for path in Path(base).rglob("*.safetensors")}
     args = arguments(
         folder, tmp_path / "lora", pretrained_model_name_or_path=base, lora_rank=3, max_train_steps=5,
@@ -518,13 +595,23 @@ def test_lora_trains_and_saves_the_adapter_alone(folder, base, tmp_path):
     assert saved.keys() == {f"{name}.lora_{part}.weight" for name in names for part in "AB"}
     assert {value.shape[0] for name, value in saved.items() if "lora_A" in name} == {3}
 
-    # it loads through the pipeline, to what was validated
+    # in memory too, nothing but the adapter has changed
+    (run,) = trained
+    state = run.models["prior"].prior.state_dict()
+    own = {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
+    assert_equal(own, weights(base))
+
+    # it loads through the pipeline, to what was trained and validated
     pipe = UnCLIPPriorPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     plain = pipe("a red", num_inference_steps=3, generator=torch.Generator().manual_seed(0)).image_embeds
     pipe.prior.load_lora_adapter(str(tmp_path / "lora"), prefix=None, weight_name=LORA)
     adapted = pipe("a red", num_inference_steps=3, generator=torch.Generator().manual_seed(0)).image_embeds
     assert (adapted - plain).abs().max() > 1e-3
+    ours = UnCLIPPriorPipeline.from_pretrained(base, prior=run.models["prior"].prior.eval())
+    ours.set_progress_bar_config(disable=True)
+    expected = ours("a red", num_inference_steps=3, generator=torch.Generator().manual_seed(0)).image_embeds
+    assert torch.equal(adapted, expected)
     loaded = load_embeddings(folder / "embeddings")
     order = np.argsort(np.random.PCG64(0).random_raw(40), kind="stable")
     train, pairs = ({k: v[rows] for k, v in loaded.items() if k != "meta"} for rows in (order[20:], order[:20]))
@@ -532,6 +619,13 @@ def test_lora_trains_and_saves_the_adapter_alone(folder, base, tmp_path):
     numbers = saved_numbers(tmp_path / "lora")
     for name in ("loss", "cos_true", "frechet"):
         assert numbers[f"validation_{name}"] == pytest.approx(again[name], rel=1e-4)
+    pipe.prior.disable_lora()
+    disabled = pipe("a red", num_inference_steps=3, generator=torch.Generator().manual_seed(0)).image_embeds
+    assert torch.equal(disabled, plain)
+    pipe.prior.unload_lora()
+    assert_equal(pipe.prior.state_dict(), weights(base))
+    removed = pipe("a red", num_inference_steps=3, generator=torch.Generator().manual_seed(0)).image_embeds
+    assert torch.equal(removed, plain)
 
     # W + B A, by hand
     merged = UnCLIPPriorPipeline.from_pretrained(base)
@@ -594,8 +688,22 @@ def test_rows_of_shards(folder):
 # --- Hub, refusals
 
 
+FROM_THE_CARD = f"""
+import re, runpy, sys
+from huggingface_hub import hf_hub_download
+runpy.run_path({str(ROOT / "training" / "train_unclip_prior.py")!r}, run_name="__main__")
+with open(hf_hub_download("alice/adapter", "README.md")) as file:
+    exec(re.search(r"```py\\n(.*?)```", file.read(), re.S)[1])
+print(tuple(image_embeds.shape), any(".lora_" in name for name in pipe.prior.state_dict()))
+"""
+
+
 def test_command_line_and_hub(folder, tmp_path):
-    flags = f"""--embeddings_dir {folder / "embeddings"} --prior_config_name_or_path {folder / "config"}
+    shutil.copytree(folder / "embeddings", tmp_path / "embeddings")
+    index = json.loads((tmp_path / "embeddings" / "embeddings.json").read_text())
+    index["source"]["dataset_name"] = "alice/pairs"
+    (tmp_path / "embeddings" / "embeddings.json").write_text(json.dumps(index))
+    flags = f"""--embeddings_dir {tmp_path / "embeddings"} --prior_config_name_or_path {folder / "config"}
         --train_batch_size 8 --max_train_steps 2 --num_validation_images 4 --num_inference_steps 2 --report_to none
         --use_ema --output_dir {tmp_path / "prior"} --push_to_hub --hub_model_id alice/prior
         --hub_token hf_alice_write""".split()
@@ -606,6 +714,22 @@ def test_command_line_and_hub(folder, tmp_path):
         done = subprocess.run(script, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
         files = hub.files("alice/prior")
+        # an adapter for it, which is used as its card says
+        options = {"lora_rank": 2, "pretrained_model_name_or_path": "alice/prior", "max_train_steps": 1}
+        options |= {"output_dir": tmp_path / "adapter", "hub_model_id": "alice/adapter", "push_to_hub": ""}
+        options |= {"embeddings_dir": tmp_path / "embeddings", "report_to": "none", "hub_token": "hf_alice_write"}
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value)) if word]
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_THE_CARD, *flags], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("(1, 16) True\n")
+        assert hub.files("alice/adapter").keys() - {".gitattributes"} == {
+            LORA, "README.md", "training_arguments.json", "training_metrics.json",
+        }  # fmt: skip
+        data = ModelCard(hub.files("alice/adapter")["README.md"].decode()).data
+        assert data.base_model == "alice/prior" and data.datasets == ["alice/pairs"]
+        assert data.base_model_relation == "adapter"
     assert {"model_index.json", "README.md", "training_metrics.json", "prior/config.json"} <= files.keys()
     assert {"tokenizer", "text_encoder", "image_encoder", "scheduler"} <= {name.split("/")[0] for name in files}
     assert not any("embeddings" in name or b"hf_alice_write" in content for name, content in files.items())
@@ -633,13 +757,16 @@ def test_embeddings_clips_and_priors_that_do_not_fit(folder, base, tmp_path):
     )
     refused("are of the same images: make the former", validation_embeddings_dir=str(folder / "cached"))
     refused("`validation_fraction` is 40, but must be a share below 1", validation_fraction=40)
+    refused("the configuration of a model of another library", prior_config_name_or_path=str(folder / "clip"))
     refused("one pair is held out, but a distribution needs two", validation_fraction=1, validation_steps=1)
     # of another CLIP of the same size, or without statistics
     shutil.copytree(base, tmp_path / "base")
     prior = PriorTransformer.from_pretrained(base, subfolder="prior")
-    for std, message in ((prior.clip_std / 10, "it was trained with another CLIP"), (0, "has no statistics")):
+    another = "it was trained with another CLIP"
+    std = prior.clip_std.clone()
+    for factor, message in ((0.1, another), (10, another), (0, "has no statistics")):
         with torch.no_grad():
-            prior.clip_std.copy_(torch.as_tensor(std))
+            prior.clip_std.copy_(factor * std)
         prior.save_pretrained(tmp_path / "base" / "prior")
         refused(message, pretrained_model_name_or_path=str(tmp_path / "base"))
     wide = tiny_clip(tmp_path / "wide", text_width=12)
@@ -649,7 +776,19 @@ def test_embeddings_clips_and_priors_that_do_not_fit(folder, base, tmp_path):
         embeddings_dir=str(tmp_path / "of-wide"),
         pretrained_model_name_or_path=base,
     )
+    refused("`output_dir` is .*/out', the folder of `pretr", pretrained_model_name_or_path=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    script = str(ROOT / "training" / "train_unclip_prior.py")
+    flags = ["--embeddings_dir", str(tmp_path), "--max_train_steps", "1", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [script, *flags, "--report_to", "none"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 2
+    error = f"error: `{tmp_path}` has no `embeddings.json`: make the embeddings with"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(error)
 
 
 @pytest.mark.parametrize(
@@ -657,6 +796,17 @@ def test_embeddings_clips_and_priors_that_do_not_fit(folder, base, tmp_path):
     [
         ({"embeddings_dir": None}, "`embeddings_dir` is missing: make embeddings"),
         ({"train_data_dir": "x"}, "`train_data_dir` is 'x', but the prior is trained on embeddings"),
+        ({"random_flip": True}, "`random_flip` is True, but the prior is trained on embeddings"),
+        ({"validation_fraction": -0.5}, "`validation_fraction` is -0.5, but must be a share"),
+        ({"validation_fraction": 5.5}, "`validation_fraction` is 5.5, but must be a share"),
+        (
+            {"validation_fraction": 0.5, "validation_embeddings_dir": "x"},
+            "`validation_fraction` is 0.5, but `validation_embeddings_dir` is given too",
+        ),
+        (
+            {"num_validation_images": 1, "validation_steps": 1},
+            "`num_validation_images` is 1, but a distribution needs at least 2",
+        ),
         ({"dataset_name": "digits"}, "`dataset_name` is 'digits', but the prior is trained on embeddings"),
         ({"lora_rank": 4}, "`lora_rank` is 4, but an adapter needs a prior"),
         ({"lora_rank": 0, "pretrained_model_name_or_path": "x"}, "`lora_rank` is 0, but must be at least 1"),

@@ -39,6 +39,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
+    CLIPConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
@@ -49,7 +51,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging as transformers_logging
 
 from diffusers_ext.data import load_image_dataset
-from diffusers_ext.training_run import argument
+from diffusers_ext.training_run import argument, run_script
 
 logger = logging.getLogger(__name__)
 
@@ -121,23 +123,34 @@ def load_clip(
         `tuple`: Text encoder, tokenizer, image encoder.
 
     Raises:
-        ValueError: It lacks weights, embeddings of texts and images differ in size, the tokenizer's end of text is not
-            the one that the text encoder pools at, its length is not one that the text encoder has positions for, or
-            the images are not normalized as CLIP's.
+        ValueError: It is not there or lacks weights, embeddings of texts and images differ in size, the tokenizer's
+            end of text is not the one that the text encoder pools at, its length is not one that the text encoder has
+            positions for, or the images are not normalized as CLIP's.
     """
     path, where = str(pretrained_clip_model_name_or_path), {"revision": revision, "cache_dir": cache_dir}
-    subfolders = {"text_encoder": {}, "tokenizer": {}, "image_encoder": {}}
+    options = {"text_encoder": {}, "tokenizer": {}, "image_encoder": {}}
     try:
         DiffusionPipeline.load_config(path, **where)
-        subfolders = {name: {"subfolder": name} for name in subfolders}
+        options = {name: {"subfolder": name} for name in options}
     except OSError:  # no pipeline, but a model
-        pass
+        try:
+            whole = AutoConfig.from_pretrained(path, **where)
+        except OSError as error:
+            raise ValueError(
+                f"there is no CLIP in `{path}`: give the Hub id or the folder of one as "
+                f"`pretrained_clip_model_name_or_path` ({error})."
+            ) from error
+        if isinstance(whole, CLIPConfig):
+            halves = {"text_encoder": whole.text_config, "image_encoder": whole.vision_config}
+            for name, half in halves.items():
+                half.projection_dim = whole.projection_dim  # in some halves it is wrong, and not used by the whole
+                options[name]["config"] = half
     encoders = []
     for name, cls in (("text_encoder", CLIPTextModelWithProjection), ("image_encoder", CLIPVisionModelWithProjection)):
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # half of a CLIP leaves the other half unused, as it should
         try:
-            encoder, info = cls.from_pretrained(path, output_loading_info=True, **subfolders[name], **where)
+            encoder, info = cls.from_pretrained(path, output_loading_info=True, **options[name], **where)
         finally:
             transformers_logging.set_verbosity(verbosity)
         if info["missing_keys"]:
@@ -148,7 +161,7 @@ def load_clip(
             )
         encoders.append(encoder.float().requires_grad_(False).eval())
     text_encoder, image_encoder = encoders
-    tokenizer = CLIPTokenizer.from_pretrained(path, **subfolders["tokenizer"], **where)
+    tokenizer = CLIPTokenizer.from_pretrained(path, **options["tokenizer"], **where)
 
     sizes = text_encoder.config.projection_dim, image_encoder.config.projection_dim
     if sizes[0] != sizes[1]:
@@ -342,10 +355,12 @@ def main(args: PrecomputeArguments) -> None:
     text_sha256, image_sha256 = model_sha256(text_encoder), model_sha256(image_encoder)
     source = hashlib.sha256()
     for row in dataset.indices:
-        picture = dataset.pictures[row] if isinstance(dataset.pictures, list) else None  # others are fetched singly
-        name = f"{picture.name} {picture.stat().st_size}" if isinstance(picture, Path) else str(row)
+        picture = dataset.pictures[row]
+        if isinstance(picture, dict):  # of a data set
+            picture = Path(picture["path"]) if picture["bytes"] is None else picture["bytes"]
+        content = hashlib.sha256(picture.read_bytes() if isinstance(picture, Path) else picture).hexdigest()
         label = dataset.labels[row] if with_labels else None
-        source.update(json.dumps([name, dataset.captions[row], label]).encode())
+        source.update(json.dumps([content, dataset.captions[row], label]).encode())
     made_of = {
         "clip": {
             "id": str(args.pretrained_clip_model_name_or_path),
@@ -355,7 +370,11 @@ def main(args: PrecomputeArguments) -> None:
             "image_encoder_sha256": image_sha256,
         },
         "tokenizer": {"sha256": tokenizer_sha256(tokenizer), "model_max_length": tokenizer.model_max_length},
-        "source": {"description": dataset.description, "sha256": source.hexdigest()},
+        "source": {
+            "description": dataset.description,
+            "dataset_name": None if args.train_data_dir or Path(args.dataset_name).is_dir() else args.dataset_name,
+            "sha256": source.hexdigest(),
+        },
         "split": args.split,
         "count": rows,
         "shard_size": args.shard_size,
@@ -512,5 +531,4 @@ def _write(path: Path, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(PrecomputeArguments).parse_args_into_dataclasses()
-    main(arguments)
+    run_script(main, HfArgumentParser(PrecomputeArguments))

@@ -10,7 +10,7 @@ accelerate launch training/train_toy_clip.py --image_dir digit-images --output_d
 ```
 
 `digit-images` has the folders `train` and `validation` with a `metadata.jsonl` each. `clip-digits` loads as a
-`CLIPModel` with a `CLIPTokenizer`, or as its halves, `CLIPTextModelWithProjection` and
+`CLIPModel` with a `CLIPTokenizer` and a `CLIPImageProcessor`, or as its halves, `CLIPTextModelWithProjection` and
 `CLIPVisionModelWithProjection`.
 
 The numbers to watch: `validation_digit_accuracy` (zero-shot, of handwriting that was not trained on), and
@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, HfArgumentParser
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, HfArgumentParser
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from diffusers_ext.data import ImageDataset, load_image_dataset
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument, run_script
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLORS = {
@@ -256,9 +256,12 @@ def render_digits(
     metadata = "".join(json.dumps(row) + "\n" for row in rows)
     if folder.exists():
         present = folder / "metadata.jsonl"
-        if present.is_file() and present.read_text(encoding="utf-8") == metadata:
+        is_same = present.is_file() and present.read_text(encoding="utf-8") == metadata
+        if is_same and all((folder / name).is_file() for name in names):
             return folder
-        raise ValueError(f"`output_dir` holds `{folder}` with other images: choose another, or move it away.")
+        raise ValueError(
+            f"`output_dir` holds `{folder}` with other images, or not all of them: choose another, or move it away."
+        )
     temporary = folder.with_name(f".{split}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -398,24 +401,27 @@ def default_clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
             "projection_dim": 64,
         },
         projection_dim=64,
+        logit_scale_init_value=1.6,  # a low start keeps images and captions closer together
     )
 
 
 @dataclass
 class ToyCLIP:
-    """A small CLIP and its tokenizer."""
+    """A small CLIP and its tokenizer, which are saved with what prepares images."""
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Save both into one folder.
+        """Save all into one folder.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
         """
         self.model.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
+        side = self.model.config.vision_config.image_size
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(save_directory)
 
 
 def main(args: ToyCLIPArguments) -> None:
@@ -528,5 +534,4 @@ def main(args: ToyCLIPArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(ToyCLIPArguments).parse_args_into_dataclasses()
-    main(arguments)
+    run_script(main, HfArgumentParser(ToyCLIPArguments))

@@ -11,13 +11,13 @@ accelerate launch --num_processes 32 training/train_unclip_decoder.py \
 accelerate launch --num_processes 32 training/train_unclip_decoder.py ... --resume_from_checkpoint latest
 ```
 
-On the digits and the CLIP of `training/train_toy_clip.py`, in about three minutes on one CPU core:
+On the digits and the CLIP of `training/train_toy_clip.py`, in about five minutes on one CPU core:
 
 ```bash
 accelerate launch -m diffusers_ext.training.train_unclip_decoder --pretrained_clip_model_name_or_path clip-digits \
-  --train_data_dir digit-images --resolution 32 --cache_embeddings --train_batch_size 32 --learning_rate 2e-3 \
-  --lr_scheduler cosine --lr_warmup_steps 50 --use_ema --ema_decay 0.995 --max_train_steps 1500 \
-  --output_dir unclip-digits
+  --train_data_dir digit-images --resolution 16 --prediction_type v_prediction --cache_embeddings \
+  --train_batch_size 32 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 50 --use_ema --ema_decay 0.995 \
+  --max_train_steps 2400 --output_dir unclip-digits
 ```
 
 `output_dir` is an [`UnCLIPTextToImagePipeline`]. With `--pretrained_prior_model_name_or_path` it paints texts;
@@ -34,6 +34,8 @@ images and those of what the decoder makes of them, which must leave `validation
 far behind.
 """
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,9 @@ from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from torch.nn.functional import cosine_similarity
 from transformers import CLIPVisionModelWithProjection, HfArgumentParser
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -52,8 +56,13 @@ from diffusers_ext.pipelines.unclip import (
     UnCLIPTextToImagePipeline,
 )
 from diffusers_ext.pipelines.unclip_prior import UnCLIPPriorPipeline
-from diffusers_ext.training.precompute_clip_embeddings import load_clip, load_embeddings, model_sha256
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
+from diffusers_ext.training.precompute_clip_embeddings import (
+    load_clip,
+    load_embeddings,
+    model_sha256,
+    tokenizer_sha256,
+)
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument, run_script
 
 
 @dataclass(kw_only=True)
@@ -76,16 +85,22 @@ class UnCLIPDecoderArguments(TrainingArguments):
         None, "Embeddings as CLIP gives them, or of length 1; by default as the prior has them."
     )
     embedding_dropout: float = argument(0.1, "Share of embeddings that the learned one for no image replaces.")
-    cache_embeddings: bool = argument(False, "Embed all training images once before the training, not in each step.")
+    cache_embeddings: bool = argument(
+        False, "Embed all training images, cropped in the center, once before the training, not in each step."
+    )
     embeddings_dir: str | None = argument(
-        None, "Embeddings of the same images by training/precompute_clip_embeddings.py."
+        None, "Embeddings of the same images, cropped in the center, by training/precompute_clip_embeddings.py."
     )
-    ddpm_num_steps: int = argument(1000, "Length of the noise schedule.")
-    ddpm_beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = argument(
-        "squaredcos_cap_v2", "Noise schedule."
+    ddpm_num_steps: int | None = argument(
+        None, "Length of the noise schedule; by default that of the pretrained decoder, or 1000."
     )
-    prediction_type: Literal["epsilon", "v_prediction"] = argument(
-        "epsilon", "What the decoder predicts: the noise, as in the paper, or the velocity, which few steps need."
+    ddpm_beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] | None = argument(
+        None, "Noise schedule; by default that of the pretrained decoder, or `squaredcos_cap_v2`."
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = argument(
+        None,
+        "What the decoder predicts: the noise, as in the paper, or the velocity, which few steps need. By default "
+        "what the pretrained decoder does, or `epsilon`.",
     )
     image_mode: Literal["RGB"] = argument("RGB", "Color: CLIP knows no other.")
     validation_guidance_scale: float = argument(2.0, "Guidance of the pictures that a validation makes.")
@@ -96,8 +111,11 @@ class UnCLIPDecoderArguments(TrainingArguments):
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"`embedding_dropout` is {self.embedding_dropout}, but must be in [0, 1).")
         for name, least in (("ddpm_num_steps", 4), ("validation_inference_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {least}.")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` is {value}, but must be at least {least}.")
+        if not math.isfinite(self.validation_guidance_scale):
+            raise ValueError(f"`validation_guidance_scale` is {self.validation_guidance_scale}, but must be finite.")
         if self.pretrained_model_name_or_path and self.decoder_config_name_or_path:
             raise ValueError(
                 "`pretrained_model_name_or_path` and `decoder_config_name_or_path` are both given, but a pretrained "
@@ -124,23 +142,32 @@ def default_decoder_config(resolution: int) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: Keyword arguments for [`~diffusers.UNet2DConditionModel`], without the size of the images.
     """
-    if resolution < 64:
-        channels, plain, layers, width = (32, 64, 64), 2, 1, 64
-        extra = {"attention_head_dim": 4, "norm_num_groups": 8}
-    else:
-        channels, plain, layers, width = (192, 384, 576, 768), 1, 3, 768
-        extra = {"attention_head_dim": (3, 6, 9, 12), "resnet_time_scale_shift": "scale_shift"}
-    attention = len(channels) - plain
-    return {
+    common = {
         "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": channels,
-        "layers_per_block": layers,
-        "down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * attention,
-        "up_block_types": ("CrossAttnUpBlock2D",) * attention + ("UpBlock2D",) * plain,
-        "cross_attention_dim": width,
         "class_embed_type": "identity",
-        **extra,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    if resolution < 64:
+        # plain blocks: the embedding acts by the time embedding mostly, and by its tokens in the middle
+        channels = (16, 32, 64) if resolution < 32 else (16, 32, 64, 64)
+        return common | {
+            "block_out_channels": channels,
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D",) * len(channels),
+            "up_block_types": ("UpBlock2D",) * len(channels),
+            "time_embedding_dim": 256,  # 4 x the first block's 16 channels would not hold an embedding
+            "cross_attention_dim": 64,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+        }
+    return common | {
+        "block_out_channels": (192, 384, 576, 768),
+        "layers_per_block": 3,
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+        "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+        "cross_attention_dim": 768,
+        "attention_head_dim": (3, 6, 9, 12),
     }
 
 
@@ -160,7 +187,7 @@ def embed_images(
     """
     size = image_encoder.config.image_size
     pixels = (images.to(image_encoder.device, torch.float32) + 1) / 2
-    if pixels.shape[-1] != size:
+    if pixels.shape[-2:] != (size, size):
         pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     embeds = image_encoder(((pixels - mean) / std).to(image_encoder.dtype)).image_embeds.float()
@@ -211,6 +238,9 @@ class ConditionedDecoder(torch.nn.Module):
             timesteps (`torch.Tensor` of shape `(batch,)`): t.
             image_embeds (`torch.Tensor` of shape `(batch, dim)`): z_i.
             drop_mask (`torch.Tensor` of shape `(batch,)`, *optional*): True where the embedding is dropped.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 3, height, width)`: The noise or the velocity, see [`target`].
         """
         tokens, time_embeds = self.decoder_projection(image_embeds, drop_mask)
         return self.decoder(noisy_images, timesteps, encoder_hidden_states=tokens, class_labels=time_embeds).sample
@@ -226,9 +256,9 @@ def resized(images: torch.Tensor, resolution: int) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(batch, 3, resolution, resolution)`: The same, in [-1, 1].
     """
-    if images.shape[-1] == resolution:
-        return images
     size = (resolution, resolution)
+    if images.shape[-2:] == size:
+        return images
     return torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
@@ -310,6 +340,11 @@ def main(args: UnCLIPDecoderArguments) -> None:
         pretrained = UnCLIPTextToImagePipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, **where
         )
+        if type(pretrained.decoder_projection).__name__ != "UnCLIPImageProjection":
+            raise ValueError(
+                "the decoder of `pretrained_model_name_or_path` has no `UnCLIPImageProjection`, as if it was that of "
+                "Kandinsky, Karlo or Stable unCLIP, which this script does not train: take one that it has made."
+            )
         parts |= {name: getattr(pretrained, name) for name in parts}
         sources = [("pretrained_model_name_or_path", pretrained)]
     else:
@@ -321,6 +356,9 @@ def main(args: UnCLIPDecoderArguments) -> None:
         parts |= {name: part for name, part in theirs.items() if part is not None}
         sources.append(("pretrained_prior_model_name_or_path", prior))
     for name, source in sources:
+        for model in source.components.values():
+            if isinstance(model, torch.nn.Module):
+                model.float()  # transformers loads the precision that was saved
         embed_norm = embed_norm or source.config.embed_norm
         clip_model_id = clip_model_id or source.config.get("clip_model_id")
         if source.config.embed_norm != embed_norm:
@@ -333,15 +371,16 @@ def main(args: UnCLIPDecoderArguments) -> None:
         clip_model_id = Path(clip_model_id).resolve().name
     if args.pretrained_clip_model_name_or_path is not None:
         text_encoder, tokenizer, image_encoder = load_clip(args.pretrained_clip_model_name_or_path, **where)
-        for name, source in sources:
-            for kind, model in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
-                other = getattr(source, kind)
-                if other is not None and model_sha256(other.float()) != model_sha256(model):
-                    raise ValueError(
-                        f"the {kind.replace('_', ' ')} of `pretrained_clip_model_name_or_path` is not that of "
-                        f"`{name}`, but embeddings of two CLIPs do not mix: leave one out."
-                    )
         parts |= {"text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
+    digests = {"text_encoder": model_sha256, "tokenizer": tokenizer_sha256, "image_encoder": model_sha256}
+    for name, source in sources:
+        for kind, digest in digests.items():
+            ours, theirs = parts[kind], getattr(source, kind)
+            if theirs is not None and theirs is not ours and digest(theirs) != digest(ours):
+                raise ValueError(
+                    f"the {kind.replace('_', ' ')} of `{name}` is not that of the CLIP or prior that is given too, "
+                    "but embeddings of two CLIPs do not mix: leave one out."
+                )
     if parts["image_encoder"] is None:
         raise ValueError(
             "there is no image encoder: pass `pretrained_clip_model_name_or_path`, or a prior or pipeline with one."
@@ -357,8 +396,79 @@ def main(args: UnCLIPDecoderArguments) -> None:
     sees = resolution if args.embeddings_dir else max(resolution, image_encoder.config.image_size)
     dataset.resolution = sees
 
+    # 3. Decoder, projection, noise schedule
+    if pretrained is not None:
+        decoder, projection = pretrained.decoder, pretrained.decoder_projection
+        scheduler = pretrained.decoder_scheduler
+        for name, value in (
+            ("ddpm_num_steps", scheduler.config.num_train_timesteps),
+            ("ddpm_beta_schedule", scheduler.config.beta_schedule),
+            ("prediction_type", scheduler.config.prediction_type),
+        ):
+            if getattr(args, name) not in (None, value):
+                raise ValueError(
+                    f"`{name}` is {getattr(args, name)!r}, but the decoder of `pretrained_model_name_or_path` was "
+                    f"trained with {value!r}: leave it out."
+                )
+        if decoder.config.sample_size != resolution or projection.config.clip_embeddings_dim != dim:
+            raise ValueError(
+                f"the decoder of `pretrained_model_name_or_path` paints {decoder.config.sample_size} pixels from "
+                f"embeddings of size {projection.config.clip_embeddings_dim}, but images have {resolution} and CLIP's "
+                f"embeddings {dim}: leave `resolution` out, and take the CLIP that it was trained with."
+            )
+    else:
+        config = default_decoder_config(resolution)
+        if args.decoder_config_name_or_path is not None:
+            config = UNet2DConditionModel.load_config(args.decoder_config_name_or_path, **where)
+        decoder = UNet2DConditionModel.from_config(config, sample_size=resolution)
+        width = decoder.config.cross_attention_dim
+        if not isinstance(width, int) or decoder.config.encoder_hid_dim_type or decoder.config.addition_embed_type:
+            raise ValueError(
+                f"`decoder_config_name_or_path` has `cross_attention_dim` {width}, `encoder_hid_dim_type` "
+                f"{decoder.config.encoder_hid_dim_type!r} and `addition_embed_type` "
+                f"{decoder.config.addition_embed_type!r}, but the decoder is told the embedding by tokens of one "
+                "width, and nothing else: make the first a whole number, the others `null`."
+            )
+        projection = UnCLIPImageProjection(
+            clip_embeddings_dim=dim,
+            time_embed_dim=decoder.config.time_embedding_dim or 4 * decoder.config.block_out_channels[0],
+            cross_attention_dim=decoder.config.cross_attention_dim,
+        )
+        scheduler = UnCLIPDecoderScheduler(
+            args.ddpm_num_steps or 1000,
+            beta_schedule=args.ddpm_beta_schedule or "squaredcos_cap_v2",
+            prediction_type=args.prediction_type or "epsilon",
+        )
+
+    # a resumed run has to be the same in what was left to the pretrained parts
+    args.embed_norm, args.prediction_type = embed_norm, scheduler.config.prediction_type
+    args.ddpm_num_steps, args.ddpm_beta_schedule = scheduler.config.num_train_timesteps, scheduler.config.beta_schedule
+
+    def pipeline(trained: dict[str, torch.nn.Module]) -> UnCLIPTextToImagePipeline:
+        """The whole pipeline."""
+        made = UnCLIPTextToImagePipeline(
+            **parts,
+            **trained,
+            decoder_scheduler=scheduler,
+            embed_norm=embed_norm,
+            clip_model_id=clip_model_id,
+        )
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    models = {"decoder": decoder, "decoder_projection": projection}
+    pipeline(models)  # parts that do not fit are refused now
+    num_train_timesteps = scheduler.config.num_train_timesteps
+
+    # 4. Embeddings: of the training images as far as they are kept, or for their mean and deviation
     def embedded(images: ImageDataset, rows: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for part in torch.tensor(rows).split(args.train_batch_size):
+        for part in diffusers_logging.tqdm(
+            torch.tensor(rows).split(args.train_batch_size),
+            desc="Embedding images",
+            delay=2,
+            leave=False,
+            disable=not run.accelerator.is_main_process,
+        ):
             batch = torch.stack([images[row]["images"] for row in part.tolist()])
             yield resized(batch, resolution), embed_images(image_encoder, batch, embed_norm).cpu()
 
@@ -375,22 +485,26 @@ def main(args: UnCLIPDecoderArguments) -> None:
                 "`embeddings_dir` has embeddings by another CLIP (by the hash of its image encoder): compute them "
                 "anew with this one."
             )
-        dataset.resolution = image_encoder.config.image_size
+        probed = copy.copy(dataset)  # as that script prepares them
+        probed.resolution, probed.resample = image_encoder.config.image_size, Image.Resampling.BICUBIC
         probes = range(0, len(dataset), max(1, len(dataset) // 4))
-        for row, (_, again) in zip(probes, embedded(dataset, probes), strict=False):
-            kept = image_embeds[row : row + 1]
-            if torch.nn.functional.cosine_similarity(kept, again[:1]).item() < 0.99:
+        again = torch.cat([embeds for _, embeds in embedded(probed, probes)])
+        for row, cosine in zip(probes, cosine_similarity(image_embeds[list(probes)], again).tolist(), strict=True):
+            if not cosine > 0.99:
                 raise ValueError(
                     f"row {row} of `embeddings_dir` is not the embedding of image {row}: compute them anew from the "
                     "same images, with the same `seed` and `max_train_samples`."
                 )
-        dataset.resolution = sees
         if embed_norm == "l2":
             image_embeds = torch.nn.functional.normalize(image_embeds, dim=1)
-    else:
+    elif args.cache_embeddings or pretrained is None:  # a pretrained projection has its statistics
         stride = 1 if args.cache_embeddings else max(1, len(dataset) // 4096)
         rows = range(0, len(dataset), stride)
         image_embeds = torch.cat([embeds for _, embeds in embedded(dataset, rows)])
+    if pretrained is None:
+        std = image_embeds.std(dim=0)
+        projection.clip_mean.copy_(image_embeds.mean(dim=0))
+        projection.clip_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
     train_dataset = EmbeddedImages(dataset, image_embeds) if args.cache_embeddings or args.embeddings_dir else dataset
     validation = None
     if args.validation_steps and args.validation_fraction != 0:
@@ -399,50 +513,7 @@ def main(args: UnCLIPDecoderArguments) -> None:
         batches = list(embedded(held_out, range(min(256, len(held_out)))))
         validation = tuple(torch.cat(column) for column in zip(*batches, strict=True))
 
-    # 3. Decoder, projection, noise schedule
-    if pretrained is not None:
-        decoder, projection = pretrained.decoder, pretrained.decoder_projection
-        scheduler = pretrained.decoder_scheduler
-        if decoder.config.sample_size != resolution or projection.config.clip_embeddings_dim != dim:
-            raise ValueError(
-                f"the decoder of `pretrained_model_name_or_path` paints {decoder.config.sample_size} pixels from "
-                f"embeddings of size {projection.config.clip_embeddings_dim}, but images have {resolution} and CLIP's "
-                f"embeddings {dim}: leave `resolution` out, and take the CLIP that it was trained with."
-            )
-    else:
-        config = default_decoder_config(resolution)
-        if args.decoder_config_name_or_path is not None:
-            config = UNet2DConditionModel.load_config(args.decoder_config_name_or_path, **where)
-        decoder = UNet2DConditionModel.from_config(config, sample_size=resolution)
-        projection = UnCLIPImageProjection(
-            clip_embeddings_dim=dim,
-            time_embed_dim=decoder.config.time_embedding_dim or 4 * decoder.config.block_out_channels[0],
-            cross_attention_dim=decoder.config.cross_attention_dim,
-        )
-        scheduler = UnCLIPDecoderScheduler(
-            args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule, prediction_type=args.prediction_type
-        )
-        std = image_embeds.std(dim=0)
-        projection.clip_mean.copy_(image_embeds.mean(dim=0))
-        projection.clip_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
-
-    def pipeline() -> UnCLIPTextToImagePipeline:
-        """The pipeline as trained so far."""
-        made = UnCLIPTextToImagePipeline(
-            **parts,
-            **(run.trained() if hasattr(run, "models") else {"decoder": decoder, "decoder_projection": projection}),
-            decoder_scheduler=scheduler,
-            embed_norm=embed_norm,
-            clip_model_id=clip_model_id,
-        )
-        made.set_progress_bar_config(disable=True)
-        return made
-
-    pipeline()  # parts that do not fit are refused now
-    num_train_timesteps = scheduler.config.num_train_timesteps
-
-    # 4. Train
-    models = {"decoder": decoder, "decoder_projection": projection}
+    # 5. Train
     run.prepare(models, train_dataset, train_module=ConditionedDecoder(**models), frozen=image_encoder)
     for batch in run.batches():
         with run.accumulate():
@@ -478,7 +549,7 @@ def main(args: UnCLIPDecoderArguments) -> None:
                     )
                 }
                 count = min(args.num_validation_images, len(true_images))
-                decoded = pipeline()(
+                decoded = pipeline(trained)(
                     image_embeds=true_embeds[:count],
                     num_inference_steps=min(args.validation_inference_steps, num_train_timesteps),
                     guidance_scale=args.validation_guidance_scale,
@@ -486,17 +557,16 @@ def main(args: UnCLIPDecoderArguments) -> None:
                     output_type="pt",
                 ).images
                 again = embed_images(image_encoder, 2 * decoded - 1, embed_norm).cpu()
-                cosine = torch.nn.functional.cosine_similarity
-                values["cos_decoded"] = cosine(again, true_embeds[:count]).mean().item()
+                values["cos_decoded"] = cosine_similarity(again, true_embeds[:count]).mean().item()
                 if count > 1:
-                    values["cos_shuffled"] = cosine(again.roll(1, 0), true_embeds[:count]).mean().item()
+                    values["cos_shuffled"] = cosine_similarity(again.roll(1, 0), true_embeds[:count]).mean().item()
                 run.log({f"validation_{name}": value for name, value in values.items()})
                 # first what was embedded, below what was made of it
                 pairs = torch.cat([true_images[:count] / 2 + 0.5, decoded.cpu()])
                 array = (pairs * 255).round().byte().permute(0, 2, 3, 1).numpy()
                 run.log_images("decoded", [Image.fromarray(picture) for picture in array], columns=count)
 
-    # 5. Save and publish
+    # 6. Save and publish
     metrics, results = run.metrics, []
     names = {
         "loss": ("loss", "mean squared error of the prediction, held out"),
@@ -516,7 +586,7 @@ def main(args: UnCLIPDecoderArguments) -> None:
     bases = [args.pretrained_model_name_or_path, args.pretrained_prior_model_name_or_path]
     bases = [base for base in bases if base is not None and not Path(base).is_dir()]
     run.finish(
-        pipeline(),
+        pipeline(run.trained()),
         card={
             "datasets": [args.dataset_name] if args.dataset_name else None,
             "base_model": bases or None,
@@ -541,5 +611,4 @@ def main(args: UnCLIPDecoderArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(UnCLIPDecoderArguments).parse_args_into_dataclasses()
-    main(arguments)
+    run_script(main, HfArgumentParser(UnCLIPDecoderArguments))

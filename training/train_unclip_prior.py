@@ -23,8 +23,8 @@ accelerate launch -m diffusers_ext.training.train_unclip_prior --embeddings_dir 
 statistics of the embeddings; `--lora_rank 8` then trains and saves an adapter alone.
 
 The network predicts the image embedding itself, `x_0`, standardized, with the plain squared error (eq. 2 of the
-paper). The numbers to watch are `validation_frechet` against `validation_frechet_true`, which no prior beats but by
-chance, and `validation_frechet_linear`, which it has to beat by far; `validation_cos_text` against
+paper). The numbers to watch are `validation_frechet` against `validation_frechet_true`, which a perfect prior stays
+below, and `validation_frechet_linear`, which it has to beat by far; `validation_cos_text` against
 `validation_cos_text_true`; and `validation_diversity` against `validation_diversity_true`. The cosine to the true
 embedding, `validation_cos_true`, never decides: a linear regression has a higher one than a perfect prior, because it
 predicts means.
@@ -59,7 +59,7 @@ from diffusers_ext.training.precompute_clip_embeddings import (
     open_embeddings,
     tokenizer_sha256,
 )
-from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument
+from diffusers_ext.training_run import TrainingArguments, TrainingRun, argument, run_script
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 _NUM_STATISTICS = 100_000  # training pairs that statistics and baselines are computed from, at most
@@ -108,13 +108,34 @@ class UnCLIPPriorArguments(TrainingArguments):
             raise ValueError(
                 "`embeddings_dir` is missing: make embeddings with training/precompute_clip_embeddings.py."
             )
-        for name in ("dataset_name", "train_data_dir"):
-            if getattr(self, name) is not None:
+        for name in (
+            "dataset_name", "dataset_config_name", "train_data_dir", "image_mode", "resolution", "center_crop",
+            "random_flip",
+        ):  # fmt: skip
+            if getattr(self, name):
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, but the prior is trained on embeddings: give it to "
-                    "training/precompute_clip_embeddings.py, and that one's folder here as `embeddings_dir`."
+                    f"`{name}` is {getattr(self, name)!r}, but the prior is trained on embeddings: images are the "
+                    "matter of training/precompute_clip_embeddings.py, and its folder is the `embeddings_dir` here."
                 )
+        fraction = self.validation_fraction
+        if fraction is not None and self.validation_embeddings_dir is not None:
+            raise ValueError(
+                f"`validation_fraction` is {fraction}, but `validation_embeddings_dir` is given too, which is held "
+                "out as it is: leave one out."
+            )
+        if fraction is not None and not (0 <= fraction < 1 or (fraction >= 1 and fraction % 1 == 0)):
+            raise ValueError(f"`validation_fraction` is {fraction}, but must be a share below 1 or a whole number.")
+        if self.validation_steps and self.num_validation_images < 2:
+            raise ValueError(
+                f"`num_validation_images` is {self.num_validation_images}, but a distribution needs at least 2: raise "
+                "it, or pass `--validation_steps 0`."
+            )
         if self.pretrained_model_name_or_path:
+            if Path(self.pretrained_model_name_or_path).resolve() == Path(self.output_dir).resolve():
+                raise ValueError(
+                    f"`output_dir` is {self.output_dir!r}, the folder of `pretrained_model_name_or_path`, which would "
+                    "be overwritten: choose another one."
+                )
             for name in ("prior_config_name_or_path", "embed_norm", "embed_scale"):
                 if getattr(self, name) is not None:
                     raise ValueError(
@@ -286,12 +307,14 @@ def text_inputs(
     )
 
 
-def normalized(prior: PriorTransformer, image_embeds: torch.Tensor, embed_norm: str) -> torch.Tensor:
+def normalized(
+    image_embeds: torch.Tensor, clip_mean: torch.Tensor, clip_std: torch.Tensor, embed_norm: str
+) -> torch.Tensor:
     """`x_0`, what a prior predicts for image embeddings.
 
     Args:
-        prior ([`PriorTransformer`]): Has the statistics.
         image_embeds (`torch.Tensor` of shape `(batch, dim)`): As CLIP gives them.
+        clip_mean, clip_std (`torch.Tensor` of shape `(1, dim)`): The statistics of the prior.
         embed_norm (`str`): `"standardize"` or `"l2"`.
 
     Returns:
@@ -300,7 +323,7 @@ def normalized(prior: PriorTransformer, image_embeds: torch.Tensor, embed_norm: 
     image_embeds = image_embeds.float()
     if embed_norm == "l2":
         image_embeds = torch.nn.functional.normalize(image_embeds)
-    return (image_embeds - prior.clip_mean.to(image_embeds)) / prior.clip_std.to(image_embeds)
+    return (image_embeds - clip_mean.to(image_embeds)) / clip_std.to(image_embeds)
 
 
 @torch.no_grad()
@@ -360,7 +383,8 @@ def evaluate(
                 negative_embeds="zeros",
             ).candidates.cpu()
         )
-        x_0 = normalized(prior, batch["image_embeds"].to(prior.device), pipeline.config.embed_norm)
+        x_0 = batch["image_embeds"].to(prior.device)
+        x_0 = normalized(x_0, prior.clip_mean, prior.clip_std, pipeline.config.embed_norm)
         t = timesteps[rows].to(prior.device)
         noisy = noise_scheduler.add_noise(x_0, noise[rows].to(prior.device), t).to(prior.dtype)
         for name, (embeds, hidden_states, mask) in (("loss", text), ("loss_without_text", empty)):
@@ -387,13 +411,15 @@ def evaluate(
         captions = pipeline.tokenizer.batch_decode(pairs["input_ids"].long(), skip_special_tokens=True)
         named = []
         for label, caption in zip(labels.tolist(), captions, strict=True):
-            # as words; CLIP's tokenizer takes numbers apart
-            name, text = (re.sub(r"(?<=\d)\s+(?=\d)", "", t.lower()) for t in (class_names[label], caption))
+            # as words; CLIP's tokenizer takes numbers apart, and class names often have _ for a space
+            name, text = (
+                re.sub(r"(?<=\d)\s+(?=\d)", "", t.lower().replace("_", " ")) for t in (class_names[label], caption)
+            )
             named.append(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None)
         named = torch.tensor(named)
         if named.any():
             labels[~named] = -1
-        prompts = [zero_shot_template.format(name.replace("_", " ")) for name in class_names]
+        prompts = [zero_shot_template.replace("{}", name.replace("_", " ")) for name in class_names]
         starts = range(0, len(prompts), batch_size)
         class_embeds = torch.cat([pipeline.encode_prompt(prompts[i : i + batch_size])[0].cpu() for i in starts])
         classes = {"labels": labels, "class_embeds": class_embeds}
@@ -491,6 +517,12 @@ def main(args: UnCLIPPriorArguments) -> None:
     else:
         if args.prior_config_name_or_path is not None:
             config = PriorTransformer.load_config(args.prior_config_name_or_path, cache_dir=args.cache_dir)
+            kind = config.get("_class_name")
+            if kind not in ("PriorTransformer", "UnCLIPPriorTransformer"):
+                raise ValueError(
+                    f"`prior_config_name_or_path` is {args.prior_config_name_or_path!r}, the configuration of a "
+                    f"{kind or 'model of another library'}: choose that of a PriorTransformer."
+                )
         else:
             config = default_prior_config(index["dim"])
         sizes = {"embedding_dim": index["dim"], "num_embeddings": tokenizer.model_max_length}
@@ -503,8 +535,11 @@ def main(args: UnCLIPPriorArguments) -> None:
     parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": default_prior_scheduler()}
     options = {"embed_norm": embed_norm, "clip_model_id": clip_name}
     UnCLIPPriorPipeline(prior, image_encoder=image_encoder, **parts, **options)  # do all parts fit?
-    rms = normalized(prior, train_pairs["image_embeds"], embed_norm).square().mean().sqrt().item()
-    if not rms < 4:
+    # plain copies: the prior's own may be sharded soon
+    statistics = [value.detach().clone().to(run.accelerator.device) for value in (prior.clip_mean, prior.clip_std)]
+    x_0 = normalized(train_pairs["image_embeds"], *(value.cpu() for value in statistics), embed_norm)
+    rms = x_0.square().mean().sqrt().item()
+    if not 0.25 < rms < 4:
         raise ValueError(
             f"the embeddings have a root mean square of {rms:.3g} by the statistics of the prior of "
             "`pretrained_model_name_or_path`, but should have about 1: it was trained with another CLIP."
@@ -525,7 +560,7 @@ def main(args: UnCLIPPriorArguments) -> None:
     resolution = 2**20
     for batch in run.batches():
         with run.accumulate():
-            x_0 = normalized(prior, batch["image_embeds"], embed_norm)
+            x_0 = normalized(batch["image_embeds"], *statistics, embed_norm)
             timesteps, noise = run.randint(num_train_timesteps), run.randn_like(x_0)
             with run.accelerator.autocast():
                 text = text_inputs(text_encoder, batch)
@@ -553,7 +588,7 @@ def main(args: UnCLIPPriorArguments) -> None:
             trained = run.trained()["prior"]
             if run.accelerator.is_main_process:
                 pipeline = UnCLIPPriorPipeline(getattr(trained, "prior", trained), **parts, **options)
-                pipeline.set_progress_bar_config(disable=True)
+                pipeline.to(run.accelerator.device).set_progress_bar_config(disable=True)
                 values = evaluate(
                     pipeline,
                     validation.first(args.num_validation_images, validation.shards[0]),
@@ -604,6 +639,7 @@ def main(args: UnCLIPPriorArguments) -> None:
         result,
         card={
             "base_model": None if base is None or Path(base).is_dir() else base,
+            "datasets": [index["source"]["dataset_name"]] if index["source"].get("dataset_name") else None,
             "metrics": results,
             "training": {
                 "data": index["source"]["description"],
@@ -627,5 +663,4 @@ def main(args: UnCLIPPriorArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(UnCLIPPriorArguments).parse_args_into_dataclasses()
-    main(arguments)
+    run_script(main, HfArgumentParser(UnCLIPPriorArguments))

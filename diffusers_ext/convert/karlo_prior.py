@@ -18,7 +18,6 @@ each timestep.
 
 import argparse
 import os
-import pickle
 import re
 import tempfile
 import zipfile
@@ -59,6 +58,11 @@ _NAMES = {
 }
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")  # each head in turn has its rows of all three
 _DALLE2 = re.compile(r"(^|\.)(causal_transformer\.|null_text_encodings$|null_text_embeds?$|null_image_embed$)")
+_DALLE2_REASON = (
+    "is of DALLE2-pytorch's prior, which cannot be converted: it is another network (rotary attention by cosine "
+    "similarity, SwiGLU, learned null embeddings), and no weights make a `PriorTransformer` compute the same. Train a "
+    "prior on the same embeddings instead."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,12 +94,39 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise ValueError(f"`{args.out}` exists and is not an empty folder: give the name of a new one.")
+    # 1. CLIP
+    if args.clip is not None:
+        if not (args.clip / "config.json").is_file():
+            raise ValueError(
+                f"`{args.clip}` is no folder with the config.json of a CLIP: give one that transformers has saved."
+            )
+        try:
+            text_encoder, found = CLIPTextModelWithProjection.from_pretrained(
+                args.clip, local_files_only=True, output_loading_info=True
+            )
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"the weights in `{args.clip}` cannot be read: they are damaged ({error}).") from error
+        if found["missing_keys"]:
+            raise ValueError(
+                f"`{args.clip}` lacks {sorted(found['missing_keys'])[:3]} of a CLIP's text encoder with its "
+                "projection: give the folder of a whole CLIP."
+            )
+        tokenizer = CLIPTokenizer.from_pretrained(args.clip, local_files_only=True)
+        if len(tokenizer) != text_encoder.config.vocab_size:  # without files, transformers makes an empty one
+            raise ValueError(
+                f"`{args.clip}` has {len(tokenizer)} tokens, but its text encoder knows "
+                f"{text_encoder.config.vocab_size}: put the tokenizer's files into it."
+            )
+
+    # 2. Weights and statistics
     weights = _read(args.checkpoint)
     # Lightning's checkpoints hold more than weights; those of DALLE2-pytorch's trainer have them as "model".
     for name in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(name), dict):
             weights = weights[name]
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()
+    ):
         raise ValueError(f"`{args.checkpoint}` holds no weights by their names: give Karlo's file as it is.")
     statistics = _read(args.stats)
     if (
@@ -107,9 +138,18 @@ def run(args: argparse.Namespace) -> None:
             f"`{args.stats}` is no pair of tensors, mean and standard deviation of image embeddings: give the "
             "ViT-L-14_stats.th that belongs to the checkpoint."
         )
-    prior = convert_prior(weights, *statistics)
-    model = prior if args.clip is None else _make_pipeline(prior, args.clip)
 
+    # 3. Prior or pipeline
+    model = prior = convert_prior(weights, *statistics)
+    if args.clip is not None:
+        try:
+            model = UnCLIPPriorPipeline(
+                prior, text_encoder, tokenizer, default_prior_scheduler(), clip_model_id=args.clip.name
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"`{args.clip}` is not the CLIP of this prior, which for Karlo's is ViT-L/14: {error}"
+            ) from error
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as folder:
         new = Path(folder) / args.out.name
@@ -145,8 +185,8 @@ def convert_prior(
         [`PriorTransformer`]: With the same outputs to rounding, if it is given a mask, in evaluation mode.
 
     Raises:
-        `ValueError`: A weight is missing, unknown or of the wrong shape, the heads do not divide the width, the
-            statistics do not fit; or the weights are DALLE2-pytorch's.
+        `ValueError`: A weight is missing, unknown, of the wrong shape or not finite, the heads do not divide the
+            width, the statistics do not fit; or the weights are DALLE2-pytorch's.
 
     Example:
 
@@ -163,11 +203,7 @@ def convert_prior(
     ```
     """
     if foreign := sorted(filter(_DALLE2.search, state_dict)):
-        raise ValueError(
-            f"`{foreign[0]}` is a weight of DALLE2-pytorch's prior, which cannot be converted: it is another network "
-            "(rotary attention by cosine similarity, SwiGLU, learned null embeddings), and no weights make a "
-            "`PriorTransformer` compute the same. Train a prior on the same embeddings instead."
-        )
+        raise ValueError(f"`{foreign[0]}` {_DALLE2_REASON}")
     weights = {key.removeprefix("model."): tensor for key, tensor in state_dict.items()}
     for key, ndim in (("clip_img_proj.weight", 2), ("positional_embedding", 3)):
         if key not in weights or weights[key].ndim != ndim:
@@ -212,6 +248,10 @@ def convert_prior(
             problems[key] = "is missing"
         elif weights[key].shape != shape:
             problems[key] = f"has shape {tuple(weights[key].shape)}, but needs {tuple(shape)}"
+        elif not weights[key].is_floating_point():
+            problems[key] = f"is of {weights[key].dtype}"
+        elif not weights[key].is_meta and not weights[key].isfinite().all():
+            problems[key] = "is not finite"
         elif module in _QKV:
             tensors[name] = (
                 weights[key].unflatten(0, (num_attention_heads, 3, -1))[:, _QKV.index(module)].flatten(0, 1)
@@ -233,37 +273,17 @@ def convert_prior(
     return prior.eval()
 
 
-def _make_pipeline(prior: PriorTransformer, clip: Path) -> UnCLIPPriorPipeline:
-    if not (clip / "config.json").is_file():
-        raise ValueError(
-            f"`{clip}` is no folder with the config.json of a CLIP: give one that transformers has saved."
-        )
-    text_encoder, found = CLIPTextModelWithProjection.from_pretrained(
-        clip, local_files_only=True, output_loading_info=True
-    )
-    if found["missing_keys"]:
-        raise ValueError(
-            f"`{clip}` lacks {sorted(found['missing_keys'])[:3]} of a CLIP's text encoder with its projection: give "
-            "the folder of a whole CLIP."
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(clip, local_files_only=True)
-    if len(tokenizer) != text_encoder.config.vocab_size:  # without files, transformers makes an empty one
-        raise ValueError(
-            f"`{clip}` has {len(tokenizer)} tokens, but its text encoder knows {text_encoder.config.vocab_size}: put "
-            "the tokenizer's files into it."
-        )
-    try:
-        return UnCLIPPriorPipeline(prior, text_encoder, tokenizer, default_prior_scheduler(), clip_model_id=clip.name)
-    except ValueError as error:
-        raise ValueError(f"`{clip}` is not the CLIP of this prior, which for Karlo's is ViT-L/14: {error}") from error
-
-
 def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged files fail in any way
+        with path.open("rb") as file:  # its trainer saves objects too, which are not read: names stand before weights
+            if b"causal_transformer." in file.read(2**24):
+                raise ValueError(f"`{path}` {_DALLE2_REASON}") from error
         raise ValueError(
             f"`{path}` cannot be read as a checkpoint of tensors: it is damaged, something else, or would run code "
             "when it is loaded. `--debug` shows what was wrong."

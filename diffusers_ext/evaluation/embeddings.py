@@ -131,8 +131,10 @@ def zero_shot_accuracy(image_embeds: torch.Tensor, class_embeds: torch.Tensor, l
             f"`labels` are {int(labels.min())} to {int(labels.max())}, but `class_embeds` has {len(class_embeds)} "
             "rows: give a prompt for each class."
         )
-    similarity = normalize(image_embeds.double(), dim=1) @ normalize(class_embeds.double(), dim=1).T
-    return (similarity.argmax(1) == labels).double().mean().item()
+    image_embeds, class_embeds = (
+        normalize(x.detach().to("cpu", torch.float64), dim=1) for x in (image_embeds, class_embeds)
+    )
+    return ((image_embeds @ class_embeds.T).argmax(1) == labels.cpu()).double().mean().item()
 
 
 def embedding_metrics(
@@ -153,7 +155,8 @@ def embedding_metrics(
     embedding itself (`_text`), the text embedding moved by the mean difference between images and texts (`_text_gap`),
     the linear regression from text to image (`_linear`), the latter two fitted on the training pairs; and `_true`, the
     true embeddings: for cosines and accuracy what samples of the true distribution would reach about, for the Fréchet
-    distance that between as many training images and the held-out ones, which no prior can beat but by chance.
+    distance that between as many training images and the held-out ones. A perfect prior stays below that, since its
+    draws are for the very captions of the held-out images.
 
     Args:
         candidates (`torch.Tensor`):
@@ -211,6 +214,11 @@ def embedding_metrics(
             f"`candidates`, `image_embeds` and `text_embeds` have {len(candidates)}, {len(image_embeds)} and "
             f"{len(text_embeds)} rows, but must be of the same pairs, two at least."
         )
+    if (class_embeds is None) != (labels is None):
+        raise ValueError("of `class_embeds` and `labels` one is missing: give both for the accuracy, or none.")
+    for name, value in {"captions": captions, "labels": labels}.items():
+        if value is not None and len(value) != len(candidates):
+            raise ValueError(f"`{name}` has {len(value)} rows, but there are {len(candidates)} pairs: give one each.")
     candidates, image_embeds, text_embeds, train_image, train_text = (
         x.detach().to("cpu", torch.float64)
         for x in (candidates, image_embeds, text_embeds, train_image_embeds, train_text_embeds)
@@ -230,8 +238,9 @@ def embedding_metrics(
         "_linear": normalize(linear_regression(train_text, train_image)(text_embeds), dim=1),
     }
     metrics = {"norm_ratio": norm_ratio}
-    if class_embeds is not None and labels is not None:
-        known = labels.cpu() >= 0
+    if labels is not None:
+        labels = labels.cpu()
+        known = labels >= 0
     for suffix, predicted in rows.items():
         if suffix != "_true":
             metrics[f"cos_true{suffix}"] = cosine_similarity(predicted, image_embeds).mean().item()
@@ -240,10 +249,8 @@ def embedding_metrics(
         other = train_image[: len(image_embeds)] if suffix == "_true" else predicted
         if len(other) > 1:
             metrics[f"frechet{suffix}"] = frechet_distance(other, image_embeds)
-        if class_embeds is not None and labels is not None and known.any():
-            metrics[f"zero_shot_accuracy{suffix}"] = zero_shot_accuracy(
-                predicted[known], class_embeds.cpu(), labels.cpu()[known]
-            )
+        if labels is not None and known.any():
+            metrics[f"zero_shot_accuracy{suffix}"] = zero_shot_accuracy(predicted[known], class_embeds, labels[known])
 
     # 2. Several draws for a caption
     count = candidates.shape[1]
@@ -257,7 +264,7 @@ def embedding_metrics(
         metrics[f"best_of_{count}_frechet"] = frechet_distance(best, image_embeds)
         if "zero_shot_accuracy" in metrics:
             metrics[f"best_of_{count}_zero_shot_accuracy"] = zero_shot_accuracy(
-                best[known], class_embeds.cpu(), labels.cpu()[known]
+                best[known], class_embeds, labels[known]
             )
         # the mean over pairs of different members of a set of m unit vectors is (|sum|^2 - m) / (m (m - 1))
         between = (candidates.sum(1).square().sum(1) - count) / (count * (count - 1))
