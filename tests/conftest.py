@@ -93,3 +93,39 @@ def tiny_ddpm_folder(tiny_ddpm: DDPMPipeline, tmp_path: Path) -> Path:
     """The same, saved by stock diffusers."""
     tiny_ddpm.save_pretrained(tmp_path / "tiny-ddpm")
     return tmp_path / "tiny-ddpm"
+
+
+@pytest.fixture
+def tiny_unclip_folder(tmp_path: Path) -> Path:
+    """What `diffusers-ext demo-unclip` leaves behind, with untrained networks: `images`, `clip`, `prior`, `unclip`."""
+    from diffusers import PriorTransformer, UNet2DConditionModel
+    from transformers import CLIPModel
+
+    from diffusers_ext.pipelines.unclip import (
+        UnCLIPDecoderScheduler,
+        UnCLIPImageProjection,
+        UnCLIPTextToImagePipeline,
+    )
+    from diffusers_ext.pipelines.unclip_prior import UnCLIPPriorPipeline, default_prior_scheduler, init_prior
+    from diffusers_ext.training.precompute_clip_embeddings import load_clip
+    from diffusers_ext.training.train_toy_clip import ToyCLIP, byte_tokenizer, default_clip_config, render_digits
+    from diffusers_ext.training.train_unclip_decoder import default_decoder_config
+
+    folder = tmp_path / "demo-unclip"
+    render_digits(folder / "images", 1, "validation")
+    tokenizer = byte_tokenizer()
+    ToyCLIP(CLIPModel(default_clip_config(tokenizer)), tokenizer).save_pretrained(folder / "clip")
+    text_encoder, tokenizer, image_encoder = load_clip(folder / "clip")
+    clip = {"text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
+    prior = PriorTransformer(1, 32, 1, embedding_dim=64, num_embeddings=tokenizer.model_max_length)
+    init_prior(prior, torch.randn(100, 64))
+    UnCLIPPriorPipeline(prior, scheduler=default_prior_scheduler(), **clip).save_pretrained(folder / "prior")
+    UnCLIPTextToImagePipeline(
+        prior,
+        prior_scheduler=default_prior_scheduler(),
+        decoder=UNet2DConditionModel(**default_decoder_config(16), sample_size=16),
+        decoder_projection=UnCLIPImageProjection(4, 64, time_embed_dim=256, cross_attention_dim=64),
+        decoder_scheduler=UnCLIPDecoderScheduler(prediction_type="v_prediction"),
+        **clip,
+    ).save_pretrained(folder / "unclip")
+    return folder

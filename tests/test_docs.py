@@ -7,33 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import DDPMScheduler, PriorTransformer, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from PIL import Image
-from transformers import CLIPModel, HfArgumentParser
+from transformers import HfArgumentParser
 
-from diffusers_ext import (
-    NoisyClassifier,
-    PDAEEncoder,
-    PDAEGradientEstimator,
-    PDAEPipeline,
-    UnCLIPDecoderScheduler,
-    UnCLIPImageProjection,
-    UnCLIPPriorPipeline,
-    UnCLIPTextToImagePipeline,
-)
-from diffusers_ext.pipelines.unclip_prior import default_prior_scheduler, init_prior
-from diffusers_ext.training.precompute_clip_embeddings import PrecomputeArguments, load_clip
+from diffusers_ext import NoisyClassifier, PDAEEncoder, PDAEGradientEstimator, PDAEPipeline
+from diffusers_ext.training.precompute_clip_embeddings import PrecomputeArguments
 from diffusers_ext.training.train_noisy_classifier import NoisyClassifierArguments
 from diffusers_ext.training.train_pdae import PDAEArguments
-from diffusers_ext.training.train_toy_clip import (
-    ToyCLIP,
-    ToyCLIPArguments,
-    byte_tokenizer,
-    default_clip_config,
-    render_digits,
-)
-from diffusers_ext.training.train_unclip_decoder import UnCLIPDecoderArguments, default_decoder_config
+from diffusers_ext.training.train_toy_clip import ToyCLIPArguments
+from diffusers_ext.training.train_unclip_decoder import UnCLIPDecoderArguments
 from diffusers_ext.training.train_unclip_prior import UnCLIPPriorArguments
 from diffusers_ext.training.train_unconditional import UnconditionalArguments
 
@@ -74,32 +57,8 @@ def demo(tiny_ddpm, tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture
-def demo_unclip(tmp_path, monkeypatch):
-    """What the demo of unCLIP leaves behind, with untrained networks, in the working directory."""
-    folder = tmp_path / "demo-unclip"
-    render_digits(folder / "images", 1, "validation")
-    tokenizer = byte_tokenizer()
-    ToyCLIP(CLIPModel(default_clip_config(tokenizer)), tokenizer).save_pretrained(folder / "clip")
-    text_encoder, tokenizer, image_encoder = load_clip(folder / "clip")
-    prior = PriorTransformer(1, 32, 1, embedding_dim=64, num_embeddings=tokenizer.model_max_length)
-    init_prior(prior, torch.randn(100, 64))
-    clip = {"text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
-    UnCLIPPriorPipeline(prior, scheduler=default_prior_scheduler(), **clip).save_pretrained(folder / "prior")
-    UnCLIPTextToImagePipeline(
-        prior,
-        prior_scheduler=default_prior_scheduler(),
-        decoder=UNet2DConditionModel(**default_decoder_config(16), sample_size=16),
-        decoder_projection=UnCLIPImageProjection(4, 64, time_embed_dim=256, cross_attention_dim=64),
-        decoder_scheduler=UnCLIPDecoderScheduler(),
-        **clip,
-    ).save_pretrained(folder / "unclip")
-    monkeypatch.chdir(tmp_path)
-    return folder
-
-
 @pytest.mark.parametrize("example", blocks(README, "py"), ids=range(len(blocks(README, "py"))))
-def test_readme_examples_run(example, demo, demo_unclip, capsys):
+def test_readme_examples_run(example, demo, tiny_unclip_folder, capsys):
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     for comment, name in re.findall(r"^(\w+) = .*# shape (\(.*?\))", example, flags=re.MULTILINE):
