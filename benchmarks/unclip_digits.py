@@ -98,7 +98,7 @@ def main() -> None:
     judge = SVC(C=10).fit(ink(seen_pixels), [row["digit"] for row in seen_rows])
     seen_colors = mean_color(seen_pixels)
     of_color = {name: [i for i, row in enumerate(seen_rows) if row["color"] == name] for name in COLORS}
-    color_means = torch.stack([seen_colors[rows_].mean(0) for rows_ in of_color.values()])
+    color_means = torch.stack([seen_colors[indices].mean(0) for indices in of_color.values()])
 
     def judged(images: torch.Tensor, digits: list[str], colors: list[str]) -> dict[str, float]:
         digit = judge.predict(ink(images)) == np.array(digits)
@@ -175,11 +175,7 @@ def main() -> None:
         known = tuple([row[k] for row in rows[: len(wanted)]] for k in ("digit", "color"))
         for what, z, truth in (
             ("painted from texts", drawn, (digits, colors)),
-            (
-                "painted from held-out images",
-                embeds[: len(wanted)],
-                known,
-            ),
+            ("painted from held-out images", embeds[: len(wanted)], known),
         ):
             for guidance_scale in (1.0, 2.0, 3.0):
                 painted = [

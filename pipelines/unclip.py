@@ -821,8 +821,8 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
 
     Without a prior it decodes image embeddings and edits images. [`~UnCLIPTextToImagePipeline.from_decoder`] puts a
     decoder, also that of Kandinsky 2.2, Karlo or Stable unCLIP, and a prior together. Those decoders are sampled by
-    `decoder_scheduler` too, so that all that is here works with them; variances that they have learned are not used.
-    Stable unCLIP gets embeddings without noise, at its noise level 0.
+    `decoder_scheduler` too, so that all that is here works with them, without dynamic thresholding and variances that
+    they have learned. Stable unCLIP gets embeddings without noise, at its noise level 0.
 
     Args:
         prior ([`PriorTransformer`], *optional*): Draws image embeddings for a text; it predicts `z_i` itself.
@@ -843,7 +843,8 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             Prepares images for it; without, they are resized (bicubic) and standardized by CLIP's mean and deviation.
         vae ([`VQModel`] or [`AutoencoderKL`], *optional*): Of Kandinsky 2.2 (`movq`) and Stable unCLIP.
         decoder_text_encoder (`CLIPTextModelWithProjection` or `CLIPTextModel`, *optional*):
-            Of Karlo and Stable unCLIP, whose decoders read the text too.
+            Of Karlo and Stable unCLIP, whose decoders read the text too; Karlo's may be left out where `text_encoder`
+            is the same.
         decoder_tokenizer (`CLIPTokenizer`, *optional*): Its tokenizer.
         super_res_first ([`UNet2DModel`], *optional*): Karlo's network that enlarges.
         super_res_last ([`UNet2DModel`], *optional*): Karlo's network for the last step of that.
@@ -858,7 +859,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = (
-        "text_encoder->image_encoder->prior->decoder_text_encoder->decoder_projection->decoder->vae"
+        "text_encoder->prior->image_encoder->decoder_text_encoder->decoder_projection->decoder->vae"
         "->super_res_first->super_res_last"
     )
     _exclude_from_cpu_offload = ["prior"]  # its statistics are used outside of its forward pass
@@ -907,8 +908,13 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         if decoder_projection is not None and not hasattr(decoder_projection, "clip_mean"):  # Karlo's, in diffusers
             stock = decoder_projection
             config = {name: value for name, value in stock.config.items() if not name.startswith("_")}
-            decoder_projection = UnCLIPImageProjection(**config, with_text=True).to(stock.device, stock.dtype).eval()
-            decoder_projection.load_state_dict(stock.state_dict(), strict=False)  # all but the statistics, 0 and 1
+            decoder_projection = UnCLIPImageProjection(**config, with_text=True).eval()
+            weights = stock.state_dict()
+            null = weights["learned_classifier_free_guidance_embeddings"]
+            weights |= {"clip_mean": torch.zeros_like(null), "clip_std": torch.ones_like(null)}
+            decoder_projection.load_state_dict(weights, assign=True)  # shares them
+        if decoder_text_encoder is not None and decoder_text_encoder is text_encoder:
+            decoder_text_encoder = decoder_tokenizer = None  # one model is offloaded and saved once
         self.register_modules(
             prior=prior,
             text_encoder=text_encoder,
@@ -930,10 +936,18 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         # 1. The decoder's side
         config, kind = decoder.config, self._kind
         given = {name for names in _PARTS.values() for name in names if getattr(self, name) is not None}
+        reader = {"decoder_text_encoder", "decoder_tokenizer"}
+        if kind == "karlo" and text_encoder is not None and not given & reader:
+            given |= reader
         if given != _PARTS[kind]:
             raise ValueError(
                 f"`decoder` is conditioned as that of {kind!r} is, which goes with {sorted(_PARTS[kind])}, but what "
                 f"was given is {sorted(given)}: give these parts of that decoder, and no other."
+            )
+        if vae is not None and isinstance(vae, VQModel) != (kind == "kandinsky22"):
+            raise ValueError(
+                f"`vae` is a {type(vae).__name__}, but the decoder of {kind!r} needs "
+                f"{'a `VQModel`' if kind == 'kandinsky22' else 'an `AutoencoderKL`'}: take the one of its pipeline."
             )
         channels = 3 if vae is None else vae.config.latent_channels
         variances = (1,) if kind == "own" else (1, 2)
@@ -954,13 +968,28 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                     f"`decoder_projection` gives widths {widths}, but `decoder` takes {wanted} with "
                     f"`class_embed_type`={config.class_embed_type!r}: they must agree, and the type be 'identity'."
                 )
-        if decoder_text_encoder is not None:
-            width = decoder_text_encoder.config.hidden_size
+        if self._reader is not None:
+            width = self._reader[1].config.hidden_size
             wanted = self._embedding_dim if kind == "karlo" else config.cross_attention_dim
             if width != wanted:
                 raise ValueError(
-                    f"`decoder_text_encoder` gives hidden states of width {width}, but the decoder takes {wanted}: "
-                    "take the one that it was trained with."
+                    f"`{'' if decoder_text_encoder is None else 'decoder_'}text_encoder` gives hidden states of width "
+                    f"{width}, but the decoder takes {wanted}: give the one that it was trained with as "
+                    "`decoder_text_encoder`."
+                )
+        if kind == "karlo":
+            for name in ("super_res_first", "super_res_last"):
+                large = getattr(self, name).config
+                if (large.in_channels, large.out_channels) != (6, 3) or type(large.sample_size) is not int:
+                    raise ValueError(
+                        f"`{name}` has {large.in_channels} input and {large.out_channels} output channels and "
+                        f"`sample_size`={large.sample_size!r}, but must have 6 (noise and image) and 3, and a whole "
+                        "number."
+                    )
+            if "prev_timestep" not in inspect.signature(super_res_scheduler.step).parameters:
+                raise ValueError(
+                    f"`super_res_scheduler` is a {type(super_res_scheduler).__name__}, but Karlo's networks need an "
+                    "`UnCLIPScheduler`."
                 )
         if kind != "own" and embed_norm == "l2":
             raise ValueError(
@@ -992,15 +1021,13 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                     f"{tokenizer.model_max_length} tokens, but `prior` takes {expected} and "
                     f"{prior.config.num_embeddings}: take the parts that were trained together."
                 )
-        pairs = [("text_encoder", "tokenizer")]
-        if kind == "karlo":
-            pairs.append(("decoder_text_encoder", "decoder_tokenizer"))
-        for name, tokenizer_name in pairs:
-            encoder, known = getattr(self, name), getattr(self, tokenizer_name)
+        for prefix in ("", "decoder_"):
+            encoder = getattr(self, f"{prefix}text_encoder")
             if encoder is None:
                 continue
-            widths[name] = encoder.config.projection_dim
-            check_tokenizer(known, encoder, name.removesuffix("text_encoder"))
+            check_tokenizer(getattr(self, f"{prefix}tokenizer"), encoder, prefix)
+            if not prefix or kind == "karlo":  # of Stable unCLIP's, another CLIP, the embeddings are not used
+                widths[f"{prefix}text_encoder"] = encoder.config.projection_dim
         if image_encoder is not None:
             widths["image_encoder"] = image_encoder.config.projection_dim
         if len(set(widths.values())) > 1:
@@ -1019,9 +1046,10 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
 
         Args:
             decoder ([`DiffusionPipeline`]):
-                [`KandinskyV22Pipeline`], Karlo's [`UnCLIPImageVariationPipeline`] or [`UnCLIPPipeline`], Stable
-                unCLIP's [`StableUnCLIPImg2ImgPipeline`] or [`StableUnCLIPPipeline`], or an
-                [`UnCLIPTextToImagePipeline`]. If it has a prior, this is used where no other is given.
+                [`KandinskyV22Pipeline`] or [`KandinskyV22CombinedPipeline`], Karlo's
+                [`UnCLIPImageVariationPipeline`] or [`UnCLIPPipeline`], Stable unCLIP's
+                [`StableUnCLIPImg2ImgPipeline`] or [`StableUnCLIPPipeline`], or an [`UnCLIPTextToImagePipeline`]. If it
+                has a prior, this is used where no other is given.
             prior ([`DiffusionPipeline`], *optional*): [`UnCLIPPriorPipeline`] or [`KandinskyV22PriorPipeline`].
             kwargs (*optional*): Arguments of this class that replace what the two have, such as `image_encoder`.
 
@@ -1050,6 +1078,8 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         theirs = decoder.components
         if "decoder_projection" in theirs:  # one of this class
             parts = theirs | {name: decoder.config[name] for name in ("embed_norm", "clip_model_id")}
+            if decoder._reader is not None:  # also where it was the prior's
+                parts["decoder_tokenizer"], parts["decoder_text_encoder"] = decoder._reader
         else:
             parts = dict.fromkeys(("prior", "prior_scheduler", "text_encoder", "tokenizer", "decoder_projection"))
             if "text_proj" in theirs and "prior" in theirs:  # Karlo's prior and decoder read with one text encoder
@@ -1064,6 +1094,9 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                 "feature_extractor": "image_processor",
                 "prior_text_encoder": "text_encoder",
                 "prior_tokenizer": "tokenizer",
+                "prior_prior": "prior",
+                "prior_image_encoder": "image_encoder",
+                "prior_image_processor": "image_processor",
             }
             parts |= {names.get(name, name): part for name, part in theirs.items()}
             if not {"decoder", "decoder_scheduler"} <= parts.keys():
@@ -1084,7 +1117,13 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                     f"`prior` draws embeddings of `embed_norm`={embed_norm!r}, but `decoder` was trained on those of "
                     f"{parts['embed_norm']!r}: take parts that were trained on the same embeddings."
                 )
-            parts["clip_model_id"] = parts.get("clip_model_id") or prior.config.get("clip_model_id")
+            clips = [parts.get("clip_model_id"), prior.config.get("clip_model_id")]
+            if None not in clips and clips[0] != clips[1]:
+                logger.warning(
+                    f"`decoder` was trained with the CLIP {clips[0]!r}, `prior` with {clips[1]!r}: if they are not "
+                    "the same, images will not show what the text says."
+                )
+            parts["clip_model_id"] = clips[0] or clips[1]
         return cls(**(parts | kwargs))
 
     @property
@@ -1105,6 +1144,13 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         if self._kind == "stable_unclip":  # beside them, as many numbers say the noise level
             return self.decoder.config.projection_class_embeddings_input_dim // 2
         return self.decoder_projection.config.clip_embeddings_dim
+
+    @property
+    def _reader(self) -> tuple[PreTrainedTokenizerBase, CLIPTextModelWithProjection | CLIPTextModel] | None:
+        """Tokenizer and encoder of the text that the decoder reads, if it does; Karlo's may be those of the prior."""
+        if self._kind == "karlo" and self.decoder_text_encoder is None:
+            return self.tokenizer, self.text_encoder
+        return None if self.decoder_text_encoder is None else (self.decoder_tokenizer, self.decoder_text_encoder)
 
     # -- inputs
 
@@ -1310,7 +1356,13 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             scores = scores / candidates.norm(dim=-1)
         return candidates[torch.arange(len(candidates), device=scores.device), scores.argmax(1)]
 
-    def _condition(self, image_embeds: torch.Tensor, is_guided: bool, prompts: Sequence[str] = ("",)) -> dict:
+    def _condition(
+        self,
+        image_embeds: torch.Tensor,
+        is_guided: bool,
+        prompts: Sequence[str] = ("",),
+        negative_prompts: Sequence[str] = ("",),
+    ) -> dict:
         """What the decoder is called with beside sample and timestep; with guidance, the rows of no image first."""
         device, count = self._execution_device, len(image_embeds)
         dtype = (self.decoder if self.decoder_projection is None else self.decoder_projection).dtype
@@ -1325,11 +1377,12 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             return {"encoder_hidden_states": None, "added_cond_kwargs": {"image_embeds": image_embeds}}
 
         texts = {}
-        if self.decoder_text_encoder is not None:
-            lines = [""] * (count * is_guided) + [text for text in prompts for _ in range(count // len(prompts))]
+        if self._reader is not None:
+            groups = (negative_prompts, prompts) if is_guided else (prompts,)
+            lines = [text for group in groups for text in group for _ in range(count // len(group))]
             different = list(dict.fromkeys(lines))
             rows = [different.index(text) for text in lines]
-            tokenizer, text_encoder = self.decoder_tokenizer, self.decoder_text_encoder
+            tokenizer, text_encoder = self._reader
             tokens = tokenize(tokenizer, different, tokenizer.model_max_length)
             output, mask = text_encoder(tokens.input_ids.to(device)), tokens.attention_mask.bool().to(device)
             texts["hidden_states"] = output.last_hidden_state[rows].to(dtype)
@@ -1379,11 +1432,12 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompts: Sequence[str] = ("",),
+        negative_prompts: Sequence[str] = ("",),
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
     ) -> torch.Tensor:
         self.decoder_scheduler.set_timesteps(num_inference_steps)
-        condition = self._condition(image_embeds, guidance_scale != 1, prompts)
+        condition = self._condition(image_embeds, guidance_scale != 1, prompts, negative_prompts)
         for step, (timestep, next_timestep) in enumerate(self.decoder_scheduler.trajectory):
             model_output = self._predict(latents, timestep, condition, guidance_scale)
             latents, pred_original_sample = self.decoder_scheduler.step(
@@ -1477,7 +1531,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         image_embeds: torch.Tensor | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = "",
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         eta: float = 0.0,
@@ -1501,14 +1555,15 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         Guidance (https://huggingface.co/papers/2207.12598) is `u + s (c - u)`, in the prior of the clean embedding
         with `u` for `negative_prompt`, in the decoder of the noise with `u` for no image. Draws: `z_T` of all
         candidates, what the prior's scheduler draws, `x_T`, with `eta` the noise of each step but the last, and what
-        Karlo draws to enlarge. Karlo and Stable unCLIP read the prompt in the decoder too, an empty one where
-        embeddings are given.
+        Karlo draws to enlarge. Karlo and Stable unCLIP read the prompt in the decoder too, and for `u` the negative
+        one; empty ones where embeddings are given.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): What to see.
             image_embeds (`torch.Tensor`, *optional*): `z_i` in place of a prompt, shape `(batch, dim)`.
             negative_prompt (`str` or `list[str]`, *optional*, defaults to `""`):
-                What guidance of the prior goes away from, one for all or one each.
+                What guidance of the prior goes away from, and that of decoders that read the text; one for all or
+                one each.
             num_inference_steps (`int`, *optional*, defaults to 50): Steps of the decoder.
             guidance_scale (`float`, *optional*, defaults to 2.0):
                 `s` of the decoder; 1 is no guidance, and half the work. The paper's value for COCO is 1.25.
@@ -1584,6 +1639,7 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
         if (prompt is None) == (image_embeds is None):
             raise ValueError("`prompt` and `image_embeds` exclude each other: give one of them.")
         dim = self._embedding_dim
+        prompts = negative_prompts = [""]
         if image_embeds is not None:
             if not isinstance(image_embeds, torch.Tensor):
                 raise TypeError(f"`image_embeds` is a {type(image_embeds).__name__}, but must be a tensor.")
@@ -1592,12 +1648,17 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                     f"`image_embeds` has shape {tuple(image_embeds.shape)}, but must be (batch, {dim}) and finite: "
                     "give embeddings of the CLIP that this pipeline was made with."
                 )
-            if prior_latents is not None:
-                raise ValueError("`prior_latents` is given, but with `image_embeds` no prior runs: leave it out.")
+            for name, value in (("prior_latents", prior_latents), ("negative_prompt", negative_prompt or None)):
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` is given, but with `image_embeds` no prior runs, and no text is read: leave it out."
+                    )
             batch_size = len(image_embeds) * num_images_per_prompt
         else:
             prompts = self._check_prompts(prompt)
-            negative_prompts = self._check_prompts(negative_prompt, "negative_prompt")
+            negative_prompts = self._check_prompts(
+                "" if negative_prompt is None else negative_prompt, "negative_prompt"
+            )
             if self.prior is None:
                 raise ValueError(
                     "`prompt` was given, but this pipeline has no `prior`: give `image_embeds`, or load one, by "
@@ -1608,6 +1669,8 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                     f"`negative_prompt` has {len(negative_prompts)} entries for {len(prompts)} prompts: give one for "
                     "all, or one each."
                 )
+            if any(negative_prompts) and prior_guidance_scale == 1 and (self._reader is None or guidance_scale == 1):
+                logger.warning("`negative_prompt` has no effect with `prior_guidance_scale=1`: give another scale.")
             std = self.prior.clip_std
             if not (std > 0).all() or not std.isfinite().all() or not self.prior.clip_mean.isfinite().all():
                 raise ValueError(
@@ -1656,7 +1719,8 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
                 progress_bar,
                 eta,
                 generator,
-                ("",) if prompt is None else prompts,
+                prompts,
+                negative_prompts,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
             )

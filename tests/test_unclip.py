@@ -22,6 +22,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     HeunDiscreteScheduler,
+    KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     PNDMScheduler,
     PriorTransformer,
@@ -210,6 +211,14 @@ def make_karlo():
     )
 
 
+def make_whole_karlo(**changes):
+    """With its prior, which has the text encoder of the decoder."""
+    parts = dict(make_karlo().components)
+    for name in ("image_encoder", "feature_extractor"):
+        del parts[name]
+    return UnCLIPPipeline(**({"prior": make_prior(), "prior_scheduler": prior_scheduler()} | parts | changes))
+
+
 def make_stable_unclip():
     torch.manual_seed(10)
     unet = make_decoder(
@@ -302,13 +311,16 @@ class TestKandinsky(TestUnCLIP):
     def components(self):
         return make_over("kandinsky").components
 
+    def inputs(self, batch_size):
+        return super().inputs(batch_size) | {"num_candidates": 1}  # of two, half precision may choose the other one
 
-class TestKarlo(TestUnCLIP):
+
+class TestKarlo(TestKandinsky):
     def components(self):
         return make_over("karlo").components
 
 
-class TestStableUnCLIP(TestUnCLIP):
+class TestStableUnCLIP(TestKandinsky):
     def components(self):
         return make_over("stable_unclip").components
 
@@ -622,7 +634,7 @@ def test_text_to_image(exact):
                 sample = scheduler.step(3.0 * both[0] - 2.0 * both[1], t, sample).prev_sample
             candidates.append(sample * exact.prior.clip_std + exact.prior.clip_mean)
         scores = [torch.cosine_similarity(z, encoded[prompt][0]).item() for z in candidates]
-        assert max(scores) - sorted(scores)[-2] > 1e-3
+        assert max(scores) - sorted(scores)[-2] > 1e-8  # in float64
         close(output.image_embeds[row : row + 1], candidates[scores.index(max(scores))])
     close(output.images, decode(exact, x_T, output.image_embeds, 4, 1.5))
     assert torch.equal(output.noise, x_T)
@@ -801,7 +813,8 @@ def test_stock_pipelines_paint_the_same(name, guidance_scale):
         del theirs["latents"]
         images = stock(**theirs, decoder_guidance_scale=guidance_scale).images
     else:
-        output = pipe(["a cat", "blue"], latents=x_T, prior_num_inference_steps=3, num_candidates=1, **ours)
+        texts = {"negative_prompt": ["green", "a dog"]} if name == "stable_unclip" else {}
+        output = pipe(["a cat", "blue"], latents=x_T, prior_num_inference_steps=3, num_candidates=1, **texts, **ours)
         stock.register_modules(scheduler=ddim(pipe))
         theirs |= {"latents": x_T, "image_embeds": output.image_embeds, "num_inference_steps": 5}
         if name == "kandinsky":
@@ -809,7 +822,7 @@ def test_stock_pipelines_paint_the_same(name, guidance_scale):
             theirs |= {"negative_image_embeds": pipe.image_encoder(zeros).image_embeds, "height": SIDE, "width": SIDE}
         else:
             stock.image_noising_scheduler.alphas_cumprod[0] = 1  # level 0 is no noise
-            theirs |= {"prompt": ["a cat", "blue"]}
+            theirs |= {"prompt": ["a cat", "blue"]} | texts
         images = stock(**theirs, guidance_scale=guidance_scale).images
     assert images.std() > 0.02 and output.images.shape == (2, SIDE, SIDE, 3)
     np.testing.assert_allclose(output.images, images, rtol=0, atol=1e-5)
@@ -820,13 +833,9 @@ def test_stock_pipelines_paint_the_same(name, guidance_scale):
 @torch.no_grad()
 def test_all_of_karlo_in_one_call():
     """Its prior by its scheduler, its decoder, which reads the prompt, and its enlargement."""
-    parts = dict(make_karlo().components)
-    for name in ("image_encoder", "feature_extractor"):
-        del parts[name]
     scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)
-    stock = UnCLIPPipeline(prior=make_prior(), prior_scheduler=scheduler, **parts)
+    stock = make_whole_karlo(prior_scheduler=scheduler)
     pipe = UnCLIPTextToImagePipeline.from_decoder(stock)
-    assert pipe.text_encoder is pipe.decoder_text_encoder is stock.text_encoder
     stock.register_modules(decoder_scheduler=ddim(pipe))
     for one in (pipe, stock):
         one.to(torch.float64).set_progress_bar_config(disable=True)
@@ -842,6 +851,61 @@ def test_all_of_karlo_in_one_call():
     ).images  # fmt: skip
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     assert theirs.std() > 0.05
+
+
+def test_a_text_encoder_of_prior_and_decoder_is_kept_once(tmp_path):
+    stock = make_whole_karlo()
+    pipe = UnCLIPTextToImagePipeline.from_decoder(stock, image_encoder=make_image_encoder())
+    pipe.save_pretrained(tmp_path)
+    assert pipe.text_encoder is stock.text_encoder and pipe.decoder_text_encoder is None
+    weights = pipe.decoder_projection.state_dict()
+    assert all(weights[name].data_ptr() == value.data_ptr() for name, value in stock.text_proj.state_dict().items())
+    assert (tmp_path / "text_encoder").exists() and not (tmp_path / "decoder_text_encoder").exists()
+    # with another prior the decoder reads with its own, and with the same weights paints the same
+    other = UnCLIPTextToImagePipeline.from_decoder(pipe, make_prior_pipe())
+    assert other.text_encoder is not stock.text_encoder and other.decoder_text_encoder is stock.text_encoder
+    images = []
+    for one in (pipe, UnCLIPTextToImagePipeline.from_pretrained(tmp_path), other):
+        one.to(torch.float64).set_progress_bar_config(disable=True)
+        images.append(one("a cat", **SHORT, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+    close(images[0], images[1]), close(images[0], images[2])
+
+
+def test_all_of_kandinsky_in_one_call():
+    prior, decoder = make_prior_pipe(), make_kandinsky()
+    stock = KandinskyV22CombinedPipeline(
+        **decoder.components, prior_prior=prior.prior, prior_image_encoder=prior.image_encoder,
+        prior_text_encoder=prior.text_encoder, prior_tokenizer=prior.tokenizer, prior_scheduler=prior.scheduler,
+        prior_image_processor=CLIPImageProcessor(),
+    )  # fmt: skip
+    pipe = UnCLIPTextToImagePipeline.from_decoder(stock)
+    assert pipe.image_processor is stock.prior_image_processor and pipe.image_encoder is prior.image_encoder
+    images = []
+    for one in (pipe, UnCLIPTextToImagePipeline.from_decoder(decoder, prior)):
+        one.set_progress_bar_config(disable=True)
+        images.append(one("a cat", **SHORT, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+    assert torch.equal(*images)
+
+
+def test_negative_prompts(caplog):
+    """Decoders that read go away from them too; where nobody reads them, this is said."""
+    diffusers_logging.enable_propagation()
+    pipe = make_over("stable_unclip")
+    options = {**SHORT, "guidance_scale": 3.0, "output_type": "pt"}
+
+    def paint(pipe, prompt=("a cat", "blue"), **changes):
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompt))]
+        return pipe(list(prompt), generator=generators, **(options | changes)).images
+
+    plain, both = paint(pipe), paint(pipe, negative_prompt=["", "green"])
+    assert torch.equal(paint(pipe, negative_prompt=None), plain)
+    torch.testing.assert_close(both[0], plain[0], rtol=0, atol=1e-5)
+    assert (both[1] - plain[1]).abs().max() > 1e-3 and "no effect" not in caplog.text
+    paint(pipe, negative_prompt="green", guidance_scale=1.0)
+    assert "`negative_prompt` has no effect with `prior_guidance_scale=1`" in caplog.text
+    caplog.clear()
+    paint(make(), negative_prompt="green")
+    assert "`negative_prompt` has no effect" in caplog.text
 
 
 def test_all_of_stable_unclip_in_one_call():
@@ -903,10 +967,36 @@ def test_edits_of_pictures_over_stock_decoders(name):
     assert edits.images.shape == (2, 3, SIDE, SIDE) and edits.images.isfinite().all()
 
 
+def make_any(name):
+    if name != "whole_karlo":
+        return make() if name == "own" else make_over(name)
+    pipe = UnCLIPTextToImagePipeline.from_decoder(make_whole_karlo(), image_encoder=make_image_encoder())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.mark.parametrize("name", ["own", *DECODERS])
+def test_networks_run_in_the_order_of_offloading(name):
+    """Each is sent away when the next one comes: one that is out of order stays beside the decoder."""
+    pipe, order = make_any(name), []
+    sequence = pipe.model_cpu_offload_seq.split("->")
+    for part in sequence:
+        if getattr(pipe, part) is not None:
+            getattr(pipe, part).register_forward_pre_hook(lambda *_, part=part: order.append(part))
+    for call in (
+        lambda: pipe("a cat", **SHORT, prior_guidance_scale=2.0),
+        lambda: pipe.invert(ONE, num_inference_steps=2),
+    ):
+        order.clear()
+        call()
+        places = [sequence.index(part) for part in order]
+        assert places == sorted(places) and "decoder" in order
+
+
+@pytest.mark.parametrize("name", ["own", *DECODERS, "whole_karlo"])
 def test_weights_that_are_elsewhere(name):
     """As with sequential offload: weights come when a network is called, and only then."""
-    pipe = make() if name == "own" else make_over(name)
+    pipe = make_any(name)
     calls = (
         lambda: pipe("a cat", **SHORT, generator=torch.Generator().manual_seed(0), output_type="pt"),
         lambda: pipe.variations(ONE, num_inference_steps=2, eta=0.0, output_type="latent"),
@@ -931,12 +1021,28 @@ def test_what_stock_schedulers_say_of_clipping(caplog):
     assert make(decoder_scheduler=PNDMScheduler()).decoder_scheduler.config.clip_sample is True
 
 
-def test_decoders_that_do_not_fit():
-    karlo, kandinsky = make_over("karlo").components, make_over("kandinsky").components
+def test_decoders_that_do_not_fit(caplog):
+    kandinsky, karlo, stable = (make_over(name).components for name in DECODERS)
+    rgb = UNet2DModel(
+        sample_size=SIDE, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
     for components, changes, message in (
         (karlo, {"super_res_last": None}, "is conditioned as that of 'karlo' is, which goes with .*super_res_last"),
         (kandinsky, {"vae": None}, r"'kandinsky22' is, which goes with \['vae'\], but what was given is \[\]"),
-        (kandinsky, {"vae": make_stable_unclip().vae, "embed_norm": "l2"}, "`embed_norm` is 'l2', but the decoder"),
+        (kandinsky, {"embed_norm": "l2"}, "`embed_norm` is 'l2', but the decoder"),
+        (kandinsky, {"vae": make_stable_unclip().vae}, "`vae` is a AutoencoderKL, but .* needs a `VQModel`"),
+        (stable, {"vae": make_kandinsky().movq}, "`vae` is a VQModel, but .* needs an `AutoencoderKL`"),
+        (stable, {"decoder_tokenizer": CLIPTokenizer(model_max_length=16)}, "`decoder_tokenizer` has . tokens"),
+        (stable, {"decoder_tokenizer": make_tokenizer(model_max_length=99)}, "`decoder_tokenizer` cuts at 99 tokens"),
+        (karlo, {"super_res_scheduler": DDPMScheduler()}, "`super_res_scheduler` is a DDPMScheduler, but Karlo's"),
+        (karlo, {"super_res_last": rgb}, "`super_res_last` has 3 input and 3 output channels"),
+        (karlo, {"decoder_text_encoder": None}, "'karlo' is, which goes with"),
+        (
+            karlo | dict.fromkeys(("prior", "prior_scheduler", "decoder_text_encoder", "decoder_tokenizer")),
+            {"text_encoder": make_text_encoder(hidden_size=12)},
+            "`text_encoder` gives hidden states of width 12",
+        ),
         (karlo, {"decoder_text_encoder": make_text_encoder(hidden_size=12)}, "width 12, but the decoder takes 8"),
         (karlo, {"decoder_text_encoder": make_text_encoder(eos_token_id=5)}, "`decoder_text_encoder` looks for the f"),
         (kandinsky, {"decoder": make_kandinsky(out_channels=5).unet}, "and 5 output .* needs 4 and 4 or 8"),
@@ -948,7 +1054,11 @@ def test_decoders_that_do_not_fit():
         UnCLIPTextToImagePipeline.from_decoder(make_prior_pipe())
     with pytest.raises(ValueError, match="of `embed_norm`='standardize', but `decoder` was trained on those of 'l2'"):
         UnCLIPTextToImagePipeline.from_decoder(make(embed_norm="l2"), make_prior_pipe())
+    diffusers_logging.enable_propagation()
     own = UnCLIPTextToImagePipeline.from_decoder(make(clip_model_id="me/clip"), other := make_prior_pipe())
+    assert "trained with the CLIP" not in caplog.text
+    UnCLIPTextToImagePipeline.from_decoder(make(clip_model_id="me/clip"), make_prior_pipe(clip_model_id="you/clip"))
+    assert "`decoder` was trained with the CLIP 'me/clip', `prior` with 'you/clip'" in caplog.text
     assert own.prior is other.prior and own.config.clip_model_id == "me/clip"
     blind = UnCLIPTextToImagePipeline(**kandinsky | {"image_encoder": None})
     with pytest.raises(ValueError, match="without `image_encoder` there is no embedding of no image"):
@@ -1175,6 +1285,8 @@ NAN = torch.full((1, DIM), float("nan"))
         ({"image_embeds": torch.zeros(1, 6)}, ValueError, r"shape \(1, 6\), but must be \(batch, 8\)"),
         ({"image_embeds": NAN}, ValueError, "and finite"),
         ({"image_embeds": torch.zeros(1, DIM), "prior_latents": NAN}, ValueError, "with `image_embeds` no prior runs"),
+        ({"image_embeds": torch.zeros(1, DIM), "negative_prompt": "a"}, ValueError, "`negative_prompt` is given, but"),
+        ({"prompt": "a", "negative_prompt": 3}, TypeError, "`negative_prompt` is 3, but must be a `str`"),
         ({"prompt": "a", "prior_latents": torch.zeros(1, DIM)}, ValueError, r"`prior_latents` has shape \(1, 8\)"),
         ({"prompt": "a", "latents": torch.zeros(1, 3, 8, 8)}, ValueError, r"`latents` has shape .*, but this call"),
         ({"prompt": "a", "latents": [1]}, TypeError, "`latents` is a list, but must be a tensor"),
