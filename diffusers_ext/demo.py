@@ -7,10 +7,12 @@ steer the base model by a classifier.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline
@@ -24,7 +26,7 @@ from diffusers_ext.pipelines.copaint import CoPaintPipeline
 from diffusers_ext.pipelines.pdae import PDAEPipeline
 from diffusers_ext.pipelines.repaint import RePaintDDPMPipeline
 from diffusers_ext.pipelines.replacement import ReplacementPipeline
-from diffusers_ext.training import train_noisy_classifier, train_pdae, train_unconditional
+from diffusers_ext.training import train_pdae, train_unconditional
 
 # What somebody runs who has only diffusers. `None` in `sys.modules` makes the import fail, installed or not.
 _READER = """
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         "use_ema": False,
     }
     set_verbosity_error()
-    threads = torch.get_num_threads()
+    threads, training = torch.get_num_threads(), None
     torch.set_num_threads(1)  # networks of this size gain little by more, and lose much where cores are busy
     try:
         # 1. Train
@@ -109,6 +111,19 @@ def run(args: argparse.Namespace) -> None:
                     **recipe,
                 )
             )
+        if is_finished(classifier):
+            print(f"Using the classifier in {classifier}")
+        else:
+            print(f"Training a classifier of noisy digits: {steps // 3} steps, see {folder / 'classifier.log'}")
+            training = start_training(
+                "train_noisy_classifier",
+                folder / "classifier.log",
+                output_dir=classifier,
+                resume_from_checkpoint="latest" if any(classifier.glob("checkpoint-*")) else None,
+                pretrained_model_name_or_path=base,
+                random_flip=False,
+                **classifier_recipe,
+            )
         if is_finished(pdae):
             print(f"Using PDAE in {pdae}")
         else:
@@ -124,20 +139,8 @@ def run(args: argparse.Namespace) -> None:
                     **recipe,
                 )
             )
-        if is_finished(classifier):
-            print(f"Using the classifier in {classifier}")
-        else:
-            print(f"Training a classifier of noisy digits: {steps // 3} steps")
-            resume = "latest" if any(classifier.glob("checkpoint-*")) else None
-            train_noisy_classifier.main(
-                train_noisy_classifier.NoisyClassifierArguments(
-                    output_dir=str(classifier),
-                    resume_from_checkpoint=resume,
-                    pretrained_model_name_or_path=str(base),
-                    random_flip=False,
-                    **classifier_recipe,
-                )
-            )
+        if training is not None and training.wait() != 0:
+            raise RuntimeError(f"the training of the classifier failed: see {folder / 'classifier.log'}.")
 
         # 2. Load it where only diffusers is
         print("Loading it in a process without diffusers_ext, by DiffusionPipeline.from_pretrained")
@@ -206,6 +209,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote\n  {folder / 'inpainting.png'}\n  {folder / 'guidance.png'}")
     finally:
         torch.set_num_threads(threads)
+        if training is not None and training.poll() is None:
+            training.terminate()
+            training.wait()
     print(f"\n{time.monotonic() - started:.0f} s. Pictures and numbers are in {folder}, the pipeline in {pdae}.")
 
 
@@ -220,6 +226,28 @@ def is_finished(folder: Path) -> bool:
     """
     saved = (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
     return saved and (folder / "training_metrics.json").is_file()
+
+
+def start_training(script: str, log: Path, **options: Any) -> subprocess.Popen:
+    """Starts a training script in a process of its own, with one thread.
+
+    Args:
+        script (`str`): Its name, such as `"train_pdae"`.
+        log (`Path`): Receives what it prints.
+        options (*optional*): Its arguments; those that are `None` are left out.
+
+    Returns:
+        `subprocess.Popen`: The process.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"diffusers_ext.training.{script}", *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def check_recipe(folder: Path, recipe: dict) -> None:

@@ -7,7 +7,6 @@ texts, and edit a digit.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from diffusers.utils.logging import set_verbosity_error
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from diffusers_ext.demo import check_recipe, is_finished
+from diffusers_ext.demo import check_recipe, is_finished, start_training
 from diffusers_ext.evaluation.report import image_grid
 from diffusers_ext.pipelines.unclip import UnCLIPTextToImagePipeline
 from diffusers_ext.pipelines.unclip_prior import UnCLIPPriorPipeline
@@ -111,16 +110,15 @@ def train(folder: Path, seed: int = 0, fast: bool = False) -> None:
         print(f"Using the prior in {prior}")
     else:
         print(f"Training a prior: {prior_steps} steps, see {folder / 'prior.log'}")
-        options = prior_recipe | {
-            "embeddings_dir": embeddings, "validation_embeddings_dir": folder / "embeddings-validation",
-            "output_dir": prior, "resume_from_checkpoint": _latest(prior),
-        }  # fmt: skip
-        words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-        with (folder / "prior.log").open("w") as log:
-            training = subprocess.Popen(
-                [sys.executable, "-m", "diffusers_ext.training.train_unclip_prior", *words],
-                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        training = start_training(
+            "train_unclip_prior",
+            folder / "prior.log",
+            output_dir=prior,
+            resume_from_checkpoint=_latest(prior),
+            embeddings_dir=embeddings,
+            validation_embeddings_dir=folder / "embeddings-validation",
+            **prior_recipe,
+        )
     try:
         if is_finished(decoder):
             print(f"Using the decoder in {decoder}")
