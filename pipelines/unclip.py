@@ -1661,8 +1661,8 @@ class UnCLIPTextToImagePipeline(HubMixin, DiffusionPipeline):
             )
             if self.prior is None:
                 raise ValueError(
-                    "`prompt` was given, but this pipeline has no `prior`: give `image_embeds`, or load one, by "
-                    "`from_pipe(pipe, prior=..., prior_scheduler=...)`."
+                    "`prompt` was given, but this pipeline has no `prior`: give `image_embeds`, or put one in, by "
+                    "`UnCLIPTextToImagePipeline.from_decoder(pipe, prior_pipe)`."
                 )
             if len(negative_prompts) not in (1, len(prompts)):
                 raise ValueError(

@@ -25,8 +25,7 @@ without, it decodes embeddings and edits images, and a prior can be added later:
 
 ```py
 prior, decoder = UnCLIPPriorPipeline.from_pretrained("my-prior"), UnCLIPTextToImagePipeline.from_pretrained("decoder")
-pipe = UnCLIPTextToImagePipeline.from_pipe(decoder, prior=prior.prior, prior_scheduler=prior.scheduler)
-pipe.save_pretrained("my-unclip")
+UnCLIPTextToImagePipeline.from_decoder(decoder, prior).save_pretrained("my-unclip")
 ```
 
 The numbers to watch are `validation_loss`, and `validation_cos_decoded`, the cosine between the embeddings of held-out
