@@ -13,6 +13,8 @@ On the digits and the CLIP of `training/train_toy_clip.py`, in seconds:
 ```bash
 python -m diffusers_ext.training.precompute_clip_embeddings --pretrained_clip_model_name_or_path clip-digits \
   --train_data_dir digit-images --label_column digit --output_dir embeddings-digits
+python -m diffusers_ext.training.precompute_clip_embeddings --pretrained_clip_model_name_or_path clip-digits \
+  --train_data_dir digit-images --label_column digit --split validation --output_dir embeddings-digits-validation
 ```
 
 The folder receives `embeddings-00000.safetensors` and so on, and `embeddings.json` with their hashes, the statistics
